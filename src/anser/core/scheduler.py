@@ -1,0 +1,455 @@
+"""The scheduler: which waiting request gets which free slot, and what its member pays for it.
+
+Theory of operation
+-------------------
+`handle(event, now)` takes one thing that has happened and returns what has to be done: it decides,
+the caller acts. The same events give the same decisions, so a day of traffic can be replayed.
+
+*Late binding*: a request waits here, in its member's queue, and leaves only into a free slot of a
+node that serves its model; engines never queue. So a free slot and a request that may use it never
+exist side by side, and a request that finds a free slot starts at once, at a cost that depends on
+neither members nor nodes. A freed slot goes to the member of least key (`fairness`).
+
+*Charge*: the prompt when a request starts, output as it is produced; at the end both are corrected
+to the usage reported, so that a cached prompt token costs its tenth.
+
+*Failure*: all that was not delivered is refunded. A request of which nothing has reached its client
+goes back to the front of its member's queue and shuns the nodes it failed on while others serve its
+model (`slots`), until its tries are used up.
+
+*Cancel*: a waiting request is forgotten. A running one is aborted, and keeps its slot and pays for
+what it generates until the engine's end of it is reported, because until then the slot is in use.
+
+Events about what is not known (again the same request, a lease that has ended) are dropped and
+counted: the network repeats and delays, and nothing late may change what is now.
+
+Invariants: a request is in one place, its queue or a slot; no slot is taken twice; a request leaves
+by exactly one of Finished, Failed, Cancelled in the queue, or Refused; those of `fairness` and
+`slots`.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from typing import assert_never
+
+from anser.core.fairness import Place, Shares, Standing, price
+from anser.core.ledger import Usage
+from anser.core.slots import NodeSlots, Slots
+
+__all__ = [
+    "Abort",
+    "Cancelled",
+    "Decision",
+    "Event",
+    "Failed",
+    "Finished",
+    "Lease",
+    "NodeChanged",
+    "NodeGone",
+    "Progressed",
+    "Refused",
+    "Request",
+    "Scheduler",
+    "Standing",
+    "Start",
+    "Submitted",
+    "Weighed",
+]
+
+_FRONT = 1 << 62  # ahead of every turn that will ever be given
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """One unit of demand: one answer from one model."""
+
+    id: str
+    member: str  # the leaf; its ancestors follow from the path (`members.ancestry`)
+    model: str
+    prompt_tokens: int  # an estimate until the engine answers
+    output_tokens_max: int
+    factor_milli: int = 1_000  # the model's price factor, in thousandths
+
+    def __post_init__(self) -> None:
+        assert self.prompt_tokens >= 0
+        assert self.factor_milli >= 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Lease:
+    """The right of one request to one slot of one node until it ends."""
+
+    id: str  # "<request>.<attempt>"
+    request: str
+    node: str
+    model: str
+    attempt: int  # from 1
+
+
+# Events: what the world tells the scheduler.
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Submitted:
+    """A request has arrived and passed its member's limits."""
+
+    request: Request
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Progressed:
+    """A lease has produced `tokens` more completion tokens (coalesced per 100 ms)."""
+
+    lease: str
+    tokens: int
+
+    def __post_init__(self) -> None:
+        assert self.tokens >= 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Finished:
+    """A lease ended by itself, or its abort was confirmed; `usage` is what it generated."""
+
+    lease: str
+    usage: Usage
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Failed:
+    """The node failed. `retry`: nothing has reached the client, so another node may take over."""
+
+    lease: str
+    delivered: Usage
+    retry: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cancelled:
+    """The client no longer wants the answer."""
+
+    request: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NodeChanged:
+    """A node serves these models with this many slots from now on (0: drains)."""
+
+    node: str
+    slots: int
+    models: frozenset[str]
+
+    def __post_init__(self) -> None:
+        assert self.slots >= 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NodeGone:
+    """A node is lost; its leases have been or will be reported as failed by their owner."""
+
+    node: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Weighed:
+    """A member's weight among its siblings, in thousandths, from now on."""
+
+    member: str
+    weight: int
+
+    def __post_init__(self) -> None:
+        assert self.weight >= 1
+
+
+Event = Submitted | Progressed | Finished | Failed | Cancelled | NodeChanged | NodeGone | Weighed
+
+# Decisions: what the caller has to do.
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Start:
+    """Open the stream of this request on this node."""
+
+    lease: Lease
+    request: Request
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Refused:
+    """The request will not run: the platform's queue is full, or its tries are used up."""
+
+    request: str
+    code: str  # "overloaded" | "retries_exhausted"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Abort:
+    """Stop this lease at its engine, then report Finished with what was generated."""
+
+    lease: str
+
+
+Decision = Start | Refused | Abort
+
+
+@dataclass(slots=True, eq=False, kw_only=True)
+class _Job(Place):
+    """A request that waits (`node` is None) or runs."""
+
+    request: Request
+    attempt: int = 0
+    node: NodeSlots | None = None
+    charged: int = 0  # micro-credits, for the present attempt
+    cancelled: bool = False
+
+    @property
+    def lease(self) -> str:
+        """The present lease."""
+        return f"{self.id}.{self.attempt}"
+
+    @property
+    def factor_milli(self) -> int:
+        """The price factor of its model, in thousandths."""
+        return self.request.factor_milli
+
+
+class Scheduler:
+    """Hierarchical weighted fair queueing with late binding: `handle(event, now)`."""
+
+    def __init__(self, queued_max: int, retries_max: int) -> None:
+        assert queued_max >= 0
+        assert retries_max >= 1
+        self.queued_max = queued_max
+        self.retries_max = retries_max
+        self.dropped = 0
+        self._now = float("-inf")
+        self._shares = Shares()
+        self._slots = Slots()
+        self._jobs: dict[str, _Job] = {}  # by request
+        self._leases: dict[str, _Job] = {}
+        self._turn = 0
+
+    @property
+    def queued(self) -> int:
+        """Requests that wait for a slot."""
+        return self._shares.queued
+
+    @property
+    def running(self) -> int:
+        """Leases that have not ended."""
+        return len(self._leases)
+
+    @property
+    def service(self) -> int:
+        """The price of all service so far, in micro-credits."""
+        return self._shares.service
+
+    def queued_of(self, member: str) -> int:
+        """Requests of this member and all below it that wait."""
+        account = self._shares.find(member)
+        return account.queued if account else 0
+
+    def running_of(self, member: str) -> int:
+        """Leases of this member and all below it that have not ended."""
+        account = self._shares.find(member)
+        return account.running if account else 0
+
+    def running_on(self, node: str) -> int:
+        """Leases on this node that have not ended."""
+        return self._slots.taken(node)
+
+    def standings(self) -> list[Standing]:
+        """A row for each member that waits, runs or is ahead of others; parents come first."""
+        return self._shares.standings()
+
+    def handle(self, event: Event, now: float) -> list[Decision]:
+        """Take one event at monotonic time `now` (seconds) and say what has to be done."""
+        assert now >= self._now
+        self._now = now
+        match event:
+            case Submitted():
+                return self._submit(event.request)
+            case Progressed() | Finished() | Failed():
+                return self._leased(event)
+            case Cancelled():
+                return self._cancel(event.request)
+            case NodeChanged():
+                return self._change(event.node, event.slots, event.models)
+            case NodeGone():
+                return self._change(event.node, 0, frozenset())
+            case Weighed():
+                self._shares.weigh(event.member, event.weight)
+                return []
+            case _:
+                assert_never(event)
+
+    def __repr__(self) -> str:
+        return (
+            f"<Scheduler {self.queued} queued, {self.running} running, {self.dropped} dropped,"
+            f" {self._slots!r}>"
+        )
+
+    def validate(self) -> None:
+        """Assert the invariants of the module's docstring."""
+        self._slots.validate()
+        self._shares.validate()
+        waiting = [job for job in self._jobs.values() if job.node is None]
+        running = [job for job in self._jobs.values() if job.node is not None]
+        assert self._leases == {job.lease: job for job in running}
+        assert self._shares.queued == len(waiting)
+        assert self._shares.running == len(running)
+        assert sum(lane.waiting for lane in self._slots.lanes()) == len(waiting)
+        assert all(job in job.account.lanes[job.lane] for job in waiting)
+        assert not any(job.cancelled for job in waiting)
+        taken = Counter(job.node for job in running)
+        assert all(taken[node] == node.taken for node in self._slots.nodes())
+        assert sum(node.taken for node in self._slots.nodes()) == len(running)
+        for node in self._slots.nodes():
+            assert not node.free or not self._slots.waiting_for(node)
+
+    def _drop(self) -> list[Decision]:
+        self.dropped += 1
+        return []
+
+    def _submit(self, request: Request) -> list[Decision]:
+        if request.id in self._jobs:
+            return self._drop()
+        lane = self._slots.lane(request.model)
+        node = self._slots.best(lane)
+        if node is None and self._shares.queued >= self.queued_max:
+            return [Refused(request=request.id, code="overloaded")]
+        self._turn += 1
+        job = _Job(
+            id=request.id,
+            account=self._shares.leaf(request.member),
+            lane=lane,
+            key=self._turn,
+            request=request,
+        )
+        self._jobs[job.id] = job
+        return self._arrive(job, node)
+
+    def _cancel(self, request: str) -> list[Decision]:
+        job = self._jobs.get(request)
+        if job is None or job.cancelled:
+            return self._drop()
+        if job.node is not None:
+            job.cancelled = True
+            return [Abort(lease=job.lease)]
+        self._dequeue(job)
+        self._forget(job)
+        return []
+
+    def _leased(self, event: Progressed | Finished | Failed) -> list[Decision]:
+        job = self._leases.get(event.lease)
+        if job is None:
+            return self._drop()
+        assert job.node is not None
+        match event:
+            case Progressed():
+                self._charge(job, price(output=event.tokens, factor_milli=job.factor_milli))
+                return []
+            case Finished():
+                self._settle(job, event.usage)
+                return self._end(job, job.node)
+            case Failed():
+                self._settle(job, event.delivered)
+                if event.retry and not job.cancelled:
+                    return self._retry(job, job.node)
+                return self._end(job, job.node)
+            case _:
+                assert_never(event)
+
+    def _change(self, id: str, slots: int, models: frozenset[str]) -> list[Decision]:
+        touched = sorted({*models, *self._slots.models(id)})
+        node = self._slots.change(id, slots=slots, models=models)
+        decisions = self._fill(node)
+        # A model may now be served only by nodes on which some of its requests have failed.
+        for other in self._slots.freed_by_exclusion(touched):
+            decisions += self._fill(other)
+        return decisions
+
+    def _retry(self, job: _Job, node: NodeSlots) -> list[Decision]:
+        if job.attempt >= self.retries_max:
+            return [
+                Refused(request=job.id, code="retries_exhausted"),
+                *self._end(job, node),
+            ]
+        self._stop(job)
+        if job.key > 0:
+            job.key -= _FRONT
+        job.lane = self._slots.lane(job.request.model, job.lane.excluded | {node.id})
+        # The slot is given back only then: whoever waits for it goes by its key, not by luck.
+        decisions = self._arrive(job, self._slots.best(job.lane))
+        self._slots.give_back(node)
+        return decisions + self._fill(node)
+
+    def _arrive(self, job: _Job, node: NodeSlots | None) -> list[Decision]:
+        self._shares.arrive(job.account)
+        if node is not None:
+            return [self._start(job, node)]
+        self._shares.enqueue(job)
+        self._slots.wait(job.lane)
+        return []
+
+    def _fill(self, node: NodeSlots) -> list[Decision]:
+        decisions: list[Decision] = []
+        while node.free and self._shares.queued:
+            place = self._shares.pick(self._slots.waiting_for(node))
+            if place is None:
+                break
+            job = self._jobs[place.id]
+            self._dequeue(job)
+            decisions.append(self._start(job, node))
+        return decisions
+
+    def _start(self, job: _Job, node: NodeSlots) -> Start:
+        request = job.request
+        self._slots.take(node)
+        job.node = node
+        job.attempt += 1
+        job.charged = price(fresh=request.prompt_tokens, factor_milli=job.factor_milli)
+        self._shares.start(job.account, job.charged)
+        lease = Lease(
+            id=job.lease,
+            request=job.id,
+            node=node.id,
+            model=request.model,
+            attempt=job.attempt,
+        )
+        self._leases[lease.id] = job
+        return Start(lease=lease, request=request)
+
+    def _charge(self, job: _Job, micro_credits: int) -> None:
+        job.charged += micro_credits
+        self._shares.charge(job.account, micro_credits)
+
+    def _settle(self, job: _Job, usage: Usage) -> None:
+        due = price(
+            fresh=usage.prompt_tokens - usage.cached_tokens,
+            cached=usage.cached_tokens,
+            output=usage.completion_tokens,
+            factor_milli=job.factor_milli,
+        )
+        self._charge(job, due - job.charged)
+
+    def _stop(self, job: _Job) -> None:
+        del self._leases[job.lease]
+        job.node = None
+        self._shares.end(job.account)
+
+    def _end(self, job: _Job, node: NodeSlots) -> list[Decision]:
+        self._stop(job)
+        self._forget(job)
+        self._slots.give_back(node)
+        return self._fill(node)
+
+    def _dequeue(self, job: _Job) -> None:
+        self._shares.dequeue(job)
+        self._slots.leave(job.lane)
+
+    def _forget(self, job: _Job) -> None:
+        del self._jobs[job.id]
+        self._shares.retire(job.account)

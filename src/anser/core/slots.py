@@ -1,0 +1,258 @@
+"""Slots: where a waiting request could run now, answered without looking at every node.
+
+Theory of operation
+-------------------
+A node has slots, shared by all models that it serves. For each model, `Supply` keeps its nodes in
+levels of free share (free / slots, in 64ths), with one bit per level that is not empty, so the
+node with most to spare is one `bit_length` away. A level changes only when a slot is taken or
+given back, and then once per model of that node.
+
+A `Lane` is a set of waiting requests that may run on the same nodes: one model, less the nodes on
+which they have failed before. Where those are all that serve the model, failing again beats
+waiting for ever, so the exclusion counts only while another node serves the model. Lanes exist
+while something waits in them, hence an exclusion costs nothing once its request runs.
+
+A node that drains and a node that is gone look alike from here: no slots, no models. Its record
+stays while leases still hold slots on it, so that a node which returns before they are reported
+is not booked twice.
+
+Invariants: a slot is taken only where one is free; a node is in exactly one level of each of its
+supplies while it has a free slot, else in none; a record exists only with slots or leases; a
+supply exists only with nodes or lanes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+__all__ = ["Lane", "NodeSlots", "Slots", "Supply"]
+
+_LEVELS = 64
+_NO_NODES: frozenset[str] = frozenset()
+
+
+@dataclass(slots=True, eq=False, repr=False)
+class NodeSlots:
+    """One node: how many slots it has, how many are taken, and what it serves."""
+
+    id: str
+    slots: int = 0
+    taken: int = 0
+    supplies: tuple[Supply, ...] = ()
+    level: int = 0
+
+    @property
+    def free(self) -> int:
+        """Slots that may be taken now; none while it has shrunk below what it runs."""
+        return max(0, self.slots - self.taken)
+
+    def __repr__(self) -> str:
+        return f"<NodeSlots {self.id} {self.taken}/{self.slots}>"
+
+
+@dataclass(slots=True, eq=False, repr=False)
+class Lane:
+    """Waiting requests that may run on the same nodes: a model, less the nodes they failed on."""
+
+    supply: Supply
+    excluded: frozenset[str] = _NO_NODES
+    waiting: int = 0
+
+    def open_to(self, node: NodeSlots) -> bool:
+        """Whether a request of this lane may run on `node`, which serves its model."""
+        excluded = self.excluded
+        return node.id not in excluded or self.supply.nodes.keys() <= excluded
+
+    def __repr__(self) -> str:
+        without = f" without {','.join(sorted(self.excluded))}" if self.excluded else ""
+        return f"<Lane {self.supply.model}{without}, {self.waiting} waiting>"
+
+
+@dataclass(slots=True, eq=False, repr=False)
+class Supply:
+    """What the nodes offer of one model, by level of free share, and the lanes that wait for it."""
+
+    model: str
+    nodes: dict[str, NodeSlots] = field(default_factory=dict[str, NodeSlots])
+    lanes: dict[frozenset[str], Lane] = field(default_factory=dict[frozenset[str], Lane])
+    levels: dict[int, dict[NodeSlots, None]] = field(
+        default_factory=dict[int, dict[NodeSlots, None]]
+    )
+    levels_mask: int = 0
+
+    def move(self, node: NodeSlots, *, old: int, new: int) -> None:
+        """Put `node` from level `old` into level `new`; 0 is no level."""
+        if old:
+            level = self.levels[old]
+            del level[node]
+            if not level:
+                self.levels_mask ^= 1 << old
+        if new:
+            self.levels.setdefault(new, {})[node] = None
+            self.levels_mask |= 1 << new
+
+    def __repr__(self) -> str:
+        return f"<Supply {self.model}: {len(self.nodes)} nodes, {len(self.lanes)} lanes>"
+
+
+class Slots:
+    """All nodes, what they serve, and which of their slots are free."""
+
+    def __init__(self) -> None:
+        self._nodes: dict[str, NodeSlots] = {}
+        self._supplies: dict[str, Supply] = {}
+
+    def change(self, id: str, *, slots: int, models: Iterable[str]) -> NodeSlots:
+        """From now on this node has `slots` slots for `models`; no slots means it takes nothing."""
+        node = self._nodes.setdefault(id, NodeSlots(id))
+        self._place(node, level=0)
+        former = node.supplies
+        for supply in former:
+            del supply.nodes[id]
+        node.slots = slots
+        node.supplies = tuple(map(self._supply, sorted(set(models)))) if slots else ()
+        for supply in node.supplies:
+            supply.nodes[id] = node
+        self._settle(node)
+        for supply in former:
+            self._forget_supply(supply)
+        return node
+
+    def take(self, node: NodeSlots) -> None:
+        """Take a free slot of `node`."""
+        assert node.taken < node.slots
+        node.taken += 1
+        self._settle(node)
+
+    def give_back(self, node: NodeSlots) -> None:
+        """Give a taken slot of `node` back."""
+        assert node.taken > 0
+        node.taken -= 1
+        self._settle(node)
+
+    def lane(self, model: str, excluded: frozenset[str] = _NO_NODES) -> Lane:
+        """The lane of requests for `model` that have failed on the nodes `excluded`."""
+        supply = self._supplies.get(model) or Supply(model)
+        return supply.lanes.get(excluded) or Lane(supply, excluded)
+
+    def wait(self, lane: Lane) -> None:
+        """One more request waits in `lane`, as `lane()` has just returned it."""
+        self._supplies[lane.supply.model] = lane.supply
+        lane.supply.lanes[lane.excluded] = lane
+        lane.waiting += 1
+
+    def leave(self, lane: Lane) -> None:
+        """One request less waits in `lane`."""
+        assert lane.waiting > 0
+        lane.waiting -= 1
+        if not lane.waiting:
+            del lane.supply.lanes[lane.excluded]
+            self._forget_supply(lane.supply)
+
+    def best(self, lane: Lane) -> NodeSlots | None:
+        """The node open to `lane` with the largest free share, if any has a free slot."""
+        supply = lane.supply
+        mask = supply.levels_mask
+        while mask:
+            level = mask.bit_length() - 1
+            for node in supply.levels[level]:
+                if lane.open_to(node):
+                    return node
+            mask ^= 1 << level
+        return None
+
+    def waiting_for(self, node: NodeSlots) -> list[Lane]:
+        """The lanes in which something waits that may run on `node`."""
+        return [
+            lane
+            for supply in node.supplies
+            if supply.lanes
+            for lane in supply.lanes.values()
+            if lane.open_to(node)
+        ]
+
+    def freed_by_exclusion(self, models: Iterable[str]) -> list[NodeSlots]:
+        """Nodes with a free slot that a lane of `models` excludes, but may have to use now."""
+        nodes: dict[NodeSlots, None] = {}
+        for model in models:
+            supply = self._supplies.get(model)
+            for lane in supply.lanes.values() if supply else ():
+                names = sorted(lane.excluded & lane.supply.nodes.keys())
+                nodes |= {node: None for node in map(self._nodes.__getitem__, names) if node.free}
+        return list(nodes)
+
+    def models(self, id: str) -> tuple[str, ...]:
+        """The models that this node serves now."""
+        node = self._nodes.get(id)
+        return tuple(supply.model for supply in node.supplies) if node else ()
+
+    def taken(self, id: str) -> int:
+        """How many slots of this node are taken."""
+        node = self._nodes.get(id)
+        return node.taken if node else 0
+
+    def lanes(self) -> list[Lane]:
+        """All lanes in which something waits."""
+        return [lane for supply in self._supplies.values() for lane in supply.lanes.values()]
+
+    def nodes(self) -> list[NodeSlots]:
+        """All nodes with slots or leases."""
+        return list(self._nodes.values())
+
+    def __repr__(self) -> str:
+        taken = sum(node.taken for node in self._nodes.values())
+        slots = sum(node.slots for node in self._nodes.values())
+        return f"<Slots {taken}/{slots} taken on {len(self._nodes)} nodes>"
+
+    def validate(self) -> None:
+        """Assert the invariants of the module's docstring."""
+        for id, node in self._nodes.items():
+            assert node.id == id
+            assert node.slots >= 0
+            assert node.taken >= 0
+            assert node.slots or node.taken
+            assert node.slots or not node.supplies
+            assert node.level == _level(node)
+            assert all(self._supplies.get(supply.model) is supply for supply in node.supplies)
+            assert all(supply.nodes.get(id) is node for supply in node.supplies)
+        for model, supply in self._supplies.items():
+            assert supply.model == model
+            assert supply.nodes or supply.lanes
+            _validate_supply(supply)
+
+    def _supply(self, model: str) -> Supply:
+        return self._supplies.setdefault(model, Supply(model))
+
+    def _settle(self, node: NodeSlots) -> None:
+        self._place(node, level=_level(node))
+        if not node.slots and not node.taken:
+            del self._nodes[node.id]
+
+    def _place(self, node: NodeSlots, *, level: int) -> None:
+        old = node.level
+        if level != old:
+            node.level = level
+            for supply in node.supplies:
+                supply.move(node, old=old, new=level)
+
+    def _forget_supply(self, supply: Supply) -> None:
+        if not supply.nodes and not supply.lanes:
+            self._supplies.pop(supply.model, None)
+
+
+def _level(node: NodeSlots) -> int:
+    # Rounded up: a node with any free slot is in some level, one with all free in the highest.
+    return -(-node.free * _LEVELS // node.slots) if node.slots else 0
+
+
+def _validate_supply(supply: Supply) -> None:
+    for excluded, lane in supply.lanes.items():
+        assert lane.waiting > 0
+        assert lane.supply is supply
+        assert lane.excluded == excluded
+    for number, level in supply.levels.items():
+        assert bool(level) == bool(supply.levels_mask >> number & 1)
+        assert all(node.level == number for node in level)
+    placed = {node.id for level in supply.levels.values() for node in level}
+    assert placed == {node.id for node in supply.nodes.values() if node.free}
