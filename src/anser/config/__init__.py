@@ -1,0 +1,33 @@
+"""The one frozen Config: defaults < file < environment < command line.
+
+Each setting has a key path (`server.port`), an environment name (`ANSER_SERVER_PORT`) and a
+one-line description; `settings()` lists them and the reference is checked against it.
+"""
+
+from __future__ import annotations
+
+from anser.config.loading import Loaded, load, split_address
+from anser.config.values import (
+    Config,
+    EngineSettings,
+    GatewaySettings,
+    MemberSettings,
+    ServerSettings,
+    Setting,
+    Value,
+    settings,
+)
+
+__all__ = [
+    "Config",
+    "EngineSettings",
+    "GatewaySettings",
+    "Loaded",
+    "MemberSettings",
+    "ServerSettings",
+    "Setting",
+    "Value",
+    "load",
+    "settings",
+    "split_address",
+]

@@ -1,0 +1,333 @@
+"""Reading the settings from file, environment and command line, strictly.
+
+An unknown key, a wrong type or a value out of range raises ConfigError, whose message names the
+source, the key path and the cure. Nothing is guessed and nothing is passed over.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import os
+import re
+import tomllib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields
+from ipaddress import ip_address
+from pathlib import Path
+from typing import Any, cast
+from urllib.parse import urlsplit
+
+from anser.config.values import SECTIONS, Config, Setting, Value, settings
+from anser.core import limits
+from anser.core.errors import ConfigError, RequestError
+from anser.core.hub import read_spec
+
+__all__ = ["Loaded", "load", "split_address"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Loaded:
+    """A checked Config and, per key path, where its value came from."""
+
+    config: Config
+    sources: Mapping[str, str]  # "default", a file's path, an environment name, "command line"
+    file: Path | None  # the file that was read
+
+
+_TRUE = frozenset(("true", "on", "yes", "1"))
+_FALSE = frozenset(("false", "off", "no", "0"))
+_WHOLE = re.compile(r"[+-]?[0-9]{1,18}\Z")
+_HOST = re.compile(r"(?!-)[A-Za-z0-9_-]{1,63}(?<!-)(\.(?!-)[A-Za-z0-9_-]{1,63}(?<!-))*\.?\Z")
+_FILE_BYTES_MAX = 1024 * 1024
+
+
+def load(
+    *, file: Path | None, environ: Mapping[str, str], overrides: Mapping[str, object]
+) -> Loaded:
+    """Read defaults, file, environment and command line (`overrides` by key path), in this order.
+
+    The file is `file`, else $ANSER_CONFIG, else `anser.toml` in the data folder if it is there.
+    """
+    known = {setting.path: setting for setting in settings()}
+    typed = _from_environment(known, environ) | _from_overrides(known, overrides)
+    found = file or (Path(environ["ANSER_CONFIG"]) if environ.get("ANSER_CONFIG") else None)
+    written: dict[str, tuple[Value, str]] = {}
+    if found is None:
+        inside = _data_dir(typed, environ) / "anser.toml"
+        if inside.exists():
+            found, written = inside, _from_file(known, inside)
+            _refuse_moving_itself(written)
+    else:
+        written = _from_file(known, found)
+    given = written | typed
+    config = _assemble(known, given, _data_dir(given, environ))
+    _check_forms(config, {path: source for path, (_, source) in given.items()})
+    sources = {path: given[path][1] if path in given else "default" for path in known}
+    return Loaded(config=config, sources=sources, file=found)
+
+
+def split_address(text: str) -> tuple[str, int]:
+    """Host and port of `host:port` or `[v6]:port`; ValueError if it is neither."""
+    host, colon, port = text.rpartition(":")
+    if host.startswith("[") and host.endswith("]"):
+        host = host[1:-1]
+        ip_address(host)
+    elif not colon or ":" in host or not _HOST.match(host):
+        raise ValueError(text)
+    if not (_WHOLE.match(port) and 0 <= int(port) <= 65_535):
+        raise ValueError(text)
+    return host, int(port)
+
+
+def _from_environment(
+    known: Mapping[str, Setting], environ: Mapping[str, str]
+) -> dict[str, tuple[Value, str]]:
+    names = {setting.environment: setting for setting in known.values()}
+    prefixes = tuple(f"ANSER_{section}_".upper() for section in SECTIONS)
+    given: dict[str, tuple[Value, str]] = {}
+    for name in sorted(environ):
+        text = environ[name]
+        if not text.strip() or not name.startswith("ANSER_"):
+            continue  # an empty variable counts as unset
+        if name in names:
+            setting = names[name]
+            given[setting.path] = (_parse(setting, text.strip(), f"{name} ({setting.path})"), name)
+        elif name.startswith(prefixes):
+            near = difflib.get_close_matches(name, names, n=1)
+            way = f"Did you mean {near[0]}?" if near else "`anser config` lists them; unset it."
+            raise ConfigError(f"{name} is not a setting. {way}", param=name)
+    return given
+
+
+def _from_overrides(
+    known: Mapping[str, Setting], overrides: Mapping[str, object]
+) -> dict[str, tuple[Value, str]]:
+    given: dict[str, tuple[Value, str]] = {}
+    for path, value in overrides.items():
+        assert path in known, path
+        setting = known[path]
+        text = str(value) if isinstance(value, Path) else value
+        given[path] = (_convert(setting, text, f"command line: {path}"), "command line")
+    return given
+
+
+def _from_file(known: Mapping[str, Setting], file: Path) -> dict[str, tuple[Value, str]]:
+    given: dict[str, tuple[Value, str]] = {}
+    for path, value in _flat(_read(file), known, file):
+        setting = known[path]
+        kept = _convert(setting, value, f"{file}: {path}")
+        if path == "data_dir":
+            kept = os.path.join(file.resolve().parent, Path(str(kept)).expanduser())
+        given[path] = (kept, str(file))
+    return given
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        with file.open("rb") as opened:
+            content = opened.read(_FILE_BYTES_MAX + 1)
+    except OSError as error:
+        reason = error.strerror or type(error).__name__
+        raise ConfigError(f"{file}: cannot be read ({reason}). Check --config.") from error
+    if len(content) > _FILE_BYTES_MAX:
+        raise ConfigError(f"{file}: longer than {_FILE_BYTES_MAX:,} bytes; is it the right file?")
+    try:
+        return tomllib.loads(content.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        line = content[: error.start].count(b"\n") + 1
+        message = f"{file}, line {line}: not UTF-8. Save the file as UTF-8."
+        raise ConfigError(message) from error
+    except (ValueError, RecursionError) as error:  # TOMLDecodeError ends in "(at line 3, ...)"
+        reason = str(error) if isinstance(error, ValueError) else "nested too deeply"
+        message = f"{file}: not valid TOML: {_shown(reason)}. Correct that line."
+        raise ConfigError(message) from error
+
+
+def _flat(
+    table: dict[str, Any], known: Mapping[str, Setting], file: Path
+) -> Iterator[tuple[str, object]]:
+    for key, value in table.items():
+        if key not in SECTIONS:
+            if key not in known:
+                raise _unknown(key, known, file)
+            yield key, value
+        elif not isinstance(value, dict):
+            message = f"{file}: {key} is a section, not a value. Write [{key}] above its settings."
+            raise ConfigError(message, param=key)
+        else:
+            for name, inner in cast("dict[str, object]", value).items():
+                path = f"{key}.{name}"
+                if path not in known:
+                    raise _unknown(path, known, file)
+                yield path, inner
+
+
+def _unknown(path: str, known: Mapping[str, Setting], file: Path) -> ConfigError:
+    near = _near(path, known)
+    way = f"Did you mean {near[0]}?" if near else "`anser config` lists all settings."
+    return ConfigError(f"{file}: {_shown(path)} is not a setting. {way}", param=_shown(path))
+
+
+def _near(path: str, known: Mapping[str, Setting]) -> list[str]:
+    """What may have been meant: the name in its right section, a section, a path, a name."""
+    last = path.rpartition(".")[2]
+    names = {name.rpartition(".")[2]: name for name in known}
+    if last in names:
+        return [names[last]]
+    first = path.partition(".")[0]
+    sections = [] if first in SECTIONS else difflib.get_close_matches(first, SECTIONS, n=1)
+    close = difflib.get_close_matches(path, known, n=1)
+    like = difflib.get_close_matches(last, names, n=1)
+    return [f"[{section}]" for section in sections] or close or [names[name] for name in like]
+
+
+def _parse(setting: Setting, text: str, where: str) -> Value:
+    """The environment's text as the setting's type."""
+    default = setting.default
+    value: object = text
+    if isinstance(default, bool):
+        value = text.lower() in _TRUE if text.lower() in _TRUE | _FALSE else text
+    elif isinstance(default, tuple):
+        value = [part.strip() for part in text.split(",") if part.strip()]
+    elif isinstance(default, int):
+        value = int(text) if _WHOLE.match(text) else text
+    elif isinstance(default, float):
+        try:
+            value = float(text)
+        except ValueError:
+            value = text
+    return _convert(setting, value, where)
+
+
+def _convert(setting: Setting, value: object, where: str) -> Value:
+    """`value` if it has the setting's type and range; a whole number will do for a number."""
+    kept = _typed(type(setting.default), value)
+    if kept is not None and _in_range(setting, kept):
+        return kept
+    message = f"{where} must be {setting.wanted}, not {_shown(value)}."
+    raise ConfigError(message, param=setting.path)
+
+
+def _typed(kind: type, value: object) -> Value | None:
+    if kind is tuple:
+        return _texts(value)
+    if kind is float and type(value) is int:
+        return float(value) if abs(value) < 2**53 else math.inf
+    return value if isinstance(value, (str, int, float)) and type(value) is kind else None
+
+
+def _texts(value: object) -> tuple[str, ...] | None:
+    if not isinstance(value, (list, tuple)):
+        return None
+    parts = cast("list[object]", value)
+    return tuple(str(part) for part in parts) if all(isinstance(p, str) for p in parts) else None
+
+
+def _in_range(setting: Setting, value: Value) -> bool:
+    if setting.choices:
+        return value in setting.choices
+    if setting.low is None or setting.high is None or isinstance(value, (str, tuple)):
+        return True
+    return setting.low <= value <= setting.high  # false for NaN
+
+
+def _shown(value: object) -> str:
+    """The operator's own text or value, short and without control characters."""
+    text = value if isinstance(value, str) else repr(value)
+    kept = "".join(letter if letter.isprintable() else "?" for letter in text)
+    short = kept[: limits.ECHO_CHARS_MAX] + ("..." if len(kept) > limits.ECHO_CHARS_MAX else "")
+    return short or "empty"
+
+
+def _data_dir(given: Mapping[str, tuple[Value, str]], environ: Mapping[str, str]) -> Path:
+    if "data_dir" in given:
+        chosen = Path(str(given["data_dir"][0]))
+    elif os.path.isabs(environ.get("XDG_DATA_HOME", "")):
+        chosen = Path(environ["XDG_DATA_HOME"], "anser")
+    else:
+        chosen = Path("~/.local/share/anser")
+    try:
+        return Path(os.path.abspath(chosen.expanduser()))
+    except RuntimeError as error:
+        message = f"data_dir: no home folder is known for {chosen}. Give --data-dir."
+        raise ConfigError(message, param="data_dir") from error
+
+
+def _refuse_moving_itself(written: Mapping[str, tuple[Value, str]]) -> None:
+    if "data_dir" in written:
+        message = (
+            f"{written['data_dir'][1]}: data_dir cannot be set in the data folder's own file."
+            " Name the file with --config or $ANSER_CONFIG, or the folder with --data-dir."
+        )
+        raise ConfigError(message, param="data_dir")
+
+
+def _assemble(
+    known: Mapping[str, Setting], given: Mapping[str, tuple[Value, str]], data_dir: Path
+) -> Config:
+    parts: dict[str, Any] = {}
+    for section, kind in SECTIONS.items():
+        names = [item.name for item in fields(kind) if f"{section}.{item.name}" in given]
+        parts[section] = kind(**{name: given[f"{section}.{name}"][0] for name in names})
+    assert all(path in known for path in given)
+    return Config(data_dir=data_dir, **parts)
+
+
+def _check_forms(config: Config, sources: Mapping[str, str]) -> None:
+    """What types and ranges do not say: addresses, and settings that exclude each other."""
+
+    for path, why in _wrong_forms(config):
+        raise ConfigError(f"{sources.get(path, 'default')}: {path} {why}", param=path)
+
+
+def _wrong_forms(config: Config) -> Iterator[tuple[str, str]]:
+    server = config.server
+    if not _is_host(server.host):
+        why = f"must be a host name or an IP address without port, not {_shown(server.host)}."
+        yield "server.host", why
+    if server.admin_listen:
+        yield from _wrong_admin(server.admin_listen, public=(server.host, server.port))
+    if not config.engine.model.strip():
+        yield "engine.model", "is empty. Name a model, or set engine.enabled = false."
+    elif (wrong := _wrong_model(config.engine.model)) is not None:
+        yield "engine.model", f"cannot be: {wrong}"
+    for mirror in config.engine.mirrors:
+        if not _is_url(mirror):
+            yield "engine.mirrors", f"must be http(s) addresses, not {_shown(mirror)}."
+
+
+def _wrong_admin(text: str, *, public: tuple[str, int]) -> Iterator[tuple[str, str]]:
+    try:
+        address = split_address(text)
+    except ValueError:
+        why = f"must be host:port, like 127.0.0.1:9000, not {_shown(text)}."
+        yield "server.admin_listen", why
+        return
+    if address == public and address[1]:
+        yield "server.admin_listen", "is the public address. Choose another port."
+
+
+def _wrong_model(text: str) -> str | None:
+    try:
+        read_spec(text)
+    except RequestError as error:
+        return error.message
+    return None
+
+
+def _is_host(text: str) -> bool:
+    try:
+        ip_address(text)
+    except ValueError:
+        looks_like_ip = text.replace(".", "").isdigit()
+        return len(text) <= 253 and not looks_like_ip and _HOST.match(text) is not None
+    return True
+
+
+def _is_url(text: str) -> bool:
+    try:
+        parts = urlsplit(text)
+        return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        return False

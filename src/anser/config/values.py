@@ -1,0 +1,209 @@
+"""What can be set: each setting with its type, range, default and meaning."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, cast
+
+from anser.core import limits
+
+__all__ = [
+    "SECTIONS",
+    "Config",
+    "EngineSettings",
+    "GatewaySettings",
+    "MemberSettings",
+    "ServerSettings",
+    "Setting",
+    "Value",
+    "settings",
+]
+
+Value = str | int | float | bool | tuple[str, ...]
+"""What a setting may hold."""
+
+_DAY_S = 86_400.0
+_MANY = 1_000_000_000_000
+
+
+def _setting(
+    default: Any,
+    doc: str,
+    *,
+    low: float | None = None,
+    high: float | None = None,
+    choices: tuple[str, ...] = (),
+) -> Any:
+    metadata = {"doc": doc, "low": low, "high": high, "choices": choices}
+    return field(default=default, metadata=metadata)
+
+
+def _seconds(default: float, doc: str) -> Any:
+    return _setting(default, doc, low=0.1, high=_DAY_S)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServerSettings:
+    """Where the platform listens and what it takes from clients."""
+
+    host: str = _setting("127.0.0.1", "Address to listen on; loopback unless you say otherwise.")
+    port: int = _setting(8000, "Port to listen on; 0 takes a free one.", low=0, high=65_535)
+    admin_listen: str = _setting("", "host:port of a separate listener for admin and metrics.")
+    head_bytes_max: int = _setting(
+        limits.HEAD_BYTES_MAX, "Longest request head, in bytes.", low=1_024, high=2**20
+    )
+    head_timeout_s: float = _seconds(limits.HEAD_TIMEOUT_S, "Longest wait for a head, seconds.")
+    body_bytes_max: int = _setting(
+        limits.BODY_BYTES_MAX, "Longest request body, in bytes.", low=1_024, high=2**30
+    )
+    body_timeout_s: float = _seconds(limits.BODY_TIMEOUT_S, "Longest wait for a body, seconds.")
+    write_timeout_s: float = _seconds(
+        limits.WRITE_TIMEOUT_S, "How long a client may leave its answer unread, seconds."
+    )
+    drain_s: float = _setting(
+        30.0, "How long running answers may go on after SIGTERM, seconds.", low=0, high=_DAY_S
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineSettings:
+    """The engine in this process."""
+
+    enabled: bool = _setting(default=True, doc="Whether to run a model in this process.")
+    model: str = _setting(
+        "smollm2-135m-instruct", "Model to run: a known name, a GGUF path, or hf:org/repo/file."
+    )
+    slots: int = _setting(4, "Answers at once.", low=1, high=1_024)
+    context_tokens: int = _setting(4096, "Context of each slot, in tokens.", low=128, high=2**24)
+    threads: int = _setting(
+        0, "Threads for the model; 0 chooses by the machine's cores.", low=0, high=1_024
+    )
+    batch_tokens: int = _setting(
+        128, "Prompt tokens per step; also how soon prefill can stop.", low=1, high=2**16
+    )
+    mirrors: tuple[str, ...] = _setting(
+        (), "Addresses of other Anser platforms that may hold the model's file."
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemberSettings:
+    """Who may use the platform, and how much."""
+
+    anonymous: str = _setting(
+        "auto",
+        "Use without a key: on, off, or auto (on for loopback).",
+        choices=("on", "off", "auto"),
+    )
+    anonymous_weight: int = _setting(
+        1_000, "Weight of all anonymous use, in thousandths.", low=1, high=1_000_000_000
+    )
+    in_flight_max: int = _setting(
+        64, "Requests at once per member, unless its own limit is set.", low=1, high=1_000_000
+    )
+    queued_max: int = _setting(
+        256, "Waiting requests per member, unless its own limit is set.", low=1, high=1_000_000
+    )
+    tokens_per_minute: int = _setting(
+        0, "Tokens per minute per member; 0 is no limit.", low=0, high=_MANY
+    )
+    tokens_per_day: int = _setting(
+        0, "Tokens per day per member; 0 is no limit.", low=0, high=_MANY
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GatewaySettings:
+    """How a request is handled."""
+
+    unknown_fields: str = _setting(
+        "refuse", "Fields that no engine may see: refuse or drop.", choices=("refuse", "drop")
+    )
+    queue_timeout_s: float = _seconds(limits.QUEUE_TIMEOUT_S, "Longest wait for a slot, seconds.")
+    first_token_timeout_s: float = _seconds(
+        limits.FIRST_TOKEN_TIMEOUT_S, "Longest wait for a first token, seconds."
+    )
+    token_gap_timeout_s: float = _seconds(
+        limits.TOKEN_GAP_TIMEOUT_S, "Longest silence between tokens, seconds."
+    )
+    queued_max: int = _setting(
+        limits.QUEUED_MAX, "Waiting requests on the whole platform.", low=1, high=1_000_000
+    )
+    completion_tokens_default: int = _setting(
+        limits.COMPLETION_TOKENS_DEFAULT,
+        "Longest answer when the caller names none, in tokens.",
+        low=1,
+        high=2**24,
+    )
+    probe_interval_s: float = _seconds(10.0, "How often each node's health is asked, seconds.")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Config:
+    """Everything that can be set."""
+
+    data_dir: Path
+    server: ServerSettings = ServerSettings()
+    engine: EngineSettings = EngineSettings()
+    members: MemberSettings = MemberSettings()
+    gateway: GatewaySettings = GatewaySettings()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Setting:
+    """One thing that can be set: where, to what, and what for."""
+
+    path: str  # "server.port"
+    environment: str  # "ANSER_SERVER_PORT"
+    default: Value
+    doc: str
+    low: float | None = None
+    high: float | None = None
+    choices: tuple[str, ...] = ()
+
+    @property
+    def wanted(self) -> str:
+        """The values that it takes, for people."""
+        if self.choices:
+            return "one of " + ", ".join(self.choices)
+        between = f" from {self.low:,.12g} to {self.high:,.12g}" if self.low is not None else ""
+        return _KINDS[type(self.default)] + between
+
+
+SECTIONS: dict[str, type] = {
+    "server": ServerSettings,
+    "engine": EngineSettings,
+    "members": MemberSettings,
+    "gateway": GatewaySettings,
+}
+_KINDS: dict[type, str] = {
+    str: "a text",
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    tuple: "a list of texts",
+}
+_DATA_DIR = Setting(
+    path="data_dir",
+    environment="ANSER_DATA_DIR",
+    default="",
+    doc="Folder of everything that lasts.",
+)
+
+
+def settings() -> Iterator[Setting]:
+    """Every setting, in the order of the reference."""
+    yield _DATA_DIR
+    for section, kind in SECTIONS.items():
+        for item in fields(kind):
+            yield Setting(
+                path=f"{section}.{item.name}",
+                environment=f"ANSER_{section}_{item.name}".upper(),
+                default=cast("Value", item.default),
+                doc=item.metadata["doc"],
+                low=item.metadata["low"],
+                high=item.metadata["high"],
+                choices=item.metadata["choices"],
+            )

@@ -1,0 +1,336 @@
+"""A guard around uvicorn's HTTP protocol: strict framing, and a limit on every wait.
+
+Theory of operation. Bytes that come in are cut into heads and bodies here, by rules stricter than
+the parser's (wire/framing.py), and only then given to uvicorn, one request at a time: what a
+client sends ahead waits until the answer before it is out, so answers, and refusals too, keep
+their order. Where the parser and these rules disagree about an end, the request is refused.
+
+Whoever is slow is timed: a head or a body that does not arrive (408), a kept connection without a
+request (closed), an answer that is not read (cut off once the buffer has been full for too long).
+Refusals are in OpenAI's envelope; after one, what still comes is thrown away for a moment, so that
+the client can read why, and then the connection is closed.
+
+Invariants: no application sees a request whose head was not checked; of each connection at most
+one head, or what one read brings, is held; every connection has a timer running whenever it is
+the client's turn. Protocols are not switched: an Upgrade without a body is ignored.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import httptools
+import msgspec
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+
+from anser.core import limits
+from anser.core.errors import (
+    AnserError,
+    BodyTimeout,
+    HeadTimeout,
+    HeadTooLarge,
+    Malformed,
+    Overloaded,
+)
+from anser.wire.framing import Body, body_of, check_head_bytes, check_headers
+
+__all__ = ["GuardSettings", "GuardedProtocol", "guarded"]
+
+_LINGER_S = 2.0  # for a client that has been refused to read why
+_DRAIN_S = 5.0  # for the rest of a body that its answer did not wait for
+_HELD_BYTES_MAX = 64 * 1024  # of what a client sends ahead, at which reading pauses
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GuardSettings:
+    """What one listening socket takes from clients: bytes, seconds and connections."""
+
+    head_bytes_max: int = limits.HEAD_BYTES_MAX
+    head_timeout_s: float = limits.HEAD_TIMEOUT_S
+    body_timeout_s: float = limits.BODY_TIMEOUT_S
+    idle_timeout_s: float = limits.IDLE_TIMEOUT_S
+    write_timeout_s: float = limits.WRITE_TIMEOUT_S
+    connections_max: int = limits.CONNECTIONS_MAX
+
+
+def guarded(settings: GuardSettings) -> type[GuardedProtocol]:
+    """The protocol class to give to uvicorn as `http`."""
+    return type("GuardedProtocol", (GuardedProtocol,), {"settings": settings})
+
+
+class GuardedProtocol(HttpToolsProtocol):
+    """One client's connection."""
+
+    settings: ClassVar[GuardSettings] = GuardSettings()
+
+    def __init__(self, *args: Any, **named: Any) -> None:
+        super().__init__(*args, **named)
+        self.timeout_keep_alive = self.settings.idle_timeout_s  # type: ignore[assignment]
+        self._inbox = bytearray()  # what no request has taken yet
+        self._searched = 0  # bytes of the inbox that hold no end of a head
+        self._body: Body | None = None  # of the present request, until its last byte
+        self._head_seen = False  # told by the parser
+        self._message_seen = False
+        self._busy = False  # an answer is still to be sent
+        self._refused = False
+        self._head_timer = _Timer(self.loop)
+        self._body_timer = _Timer(self.loop)
+        self._write_timer = _Timer(self.loop)
+
+    def __repr__(self) -> str:
+        state = "refused" if self._refused else "busy" if self._busy else "waiting"
+        return f"<GuardedProtocol {state} inbox={len(self._inbox)} body={self._body!r}>"
+
+    # asyncio.Protocol
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Called by the event loop."""
+        super().connection_made(transport)
+        if len(self.connections) > self.settings.connections_max:
+            self._refuse(Overloaded("Too many connections are open here."), linger=False)
+        else:
+            self._time_head()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Called by the event loop."""
+        self._refused = True
+        self._stop_timers()
+        self._unset_keepalive_if_required()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        """Called by the event loop."""
+        if self._refused:
+            return
+        self._unset_keepalive_if_required()
+        self._inbox += data
+        self._advance()
+
+    def pause_writing(self) -> None:
+        """Called by the transport: the client does not read."""
+        super().pause_writing()
+        self._time_write()
+
+    def resume_writing(self) -> None:
+        """Called by the transport: the client reads."""
+        super().resume_writing()
+        self._write_timer.stop()
+
+    # Cutting what comes into requests
+
+    def _advance(self) -> None:
+        try:
+            while self._inbox and not self._refused and self._step():
+                pass
+        except AnserError as error:
+            self._refuse(error)
+        if len(self._inbox) > _HELD_BYTES_MAX and self._busy and self._body is None:
+            self.flow.pause_reading()
+
+    def _step(self) -> bool:
+        """Take one part of the inbox; False when it needs more, or must wait."""
+        if self._body is not None:
+            self._take_body(self._body)
+            return True
+        return not self._busy and self._take_head()
+
+    def _take_head(self) -> bool:
+        while self._inbox.startswith(b"\r\n"):
+            del self._inbox[:2]  # RFC 9112, 2.2: empty lines before a request are passed over
+        end = self._inbox.find(b"\r\n\r\n", max(self._searched - 3, 0))
+        size = len(self._inbox) if end < 0 else end + 4
+        check_head_bytes(self._inbox, self._searched, size)
+        if size > self.settings.head_bytes_max:
+            raise HeadTooLarge(f"A head may have {self.settings.head_bytes_max} bytes.")
+        if end < 0:
+            self._searched = size
+            if not self._head_timer.running:
+                self._time_head()
+            return False
+        self._searched = 0
+        self._head_timer.stop()
+        self._head_seen = self._message_seen = False
+        self._parse(size)
+        if not self._head_seen or (self._body is None) != self._message_seen:
+            raise Malformed("The end of the head is not clear.")
+        if self._body is not None:
+            self._time_body(self.settings.body_timeout_s)
+        return True
+
+    def _take_body(self, body: Body) -> None:
+        self._parse(body.take(self._inbox))
+        if body.complete != self._message_seen:
+            raise Malformed("The end of the body is not clear.")
+        if body.complete:
+            self._body = None
+            self._body_timer.stop()
+
+    def _parse(self, size: int) -> None:
+        """Give so many bytes of the inbox to uvicorn."""
+        parser = self.parser
+        assert parser is not None
+        data = bytes(self._inbox[:size])
+        del self._inbox[:size]
+        try:
+            parser.feed_data(data)
+        except httptools.HttpParserUpgrade:
+            self.cycle.keep_alive = False  # the parser takes nothing more
+        except httptools.HttpParserError as error:
+            own = error.__context__
+            if isinstance(own, AnserError):
+                raise own from None
+            raise Malformed(f"That is not HTTP: {error}.") from error
+
+    # httptools
+
+    def on_headers_complete(self) -> None:
+        """Called by the parser: check the head, before the application sees it."""
+        parser = self.parser
+        assert parser is not None
+        version = parser.get_http_version()
+        check_headers(version, self.url, self.headers)
+        self._body = body_of(version, self.headers)
+        if parser.should_upgrade() and self._body is not None:
+            raise Malformed("Protocols are not switched here: send this without Upgrade.")
+        self._head_seen = True
+        super().on_headers_complete()
+        self._busy = True
+
+    def on_message_complete(self) -> None:
+        """Called by the parser."""
+        self._message_seen = True
+        super().on_message_complete()
+
+    def _should_upgrade(self) -> bool:
+        return False
+
+    # uvicorn
+
+    def on_response_complete(self) -> None:
+        """Called when an answer is out: the next request may begin."""
+        self._busy = False
+        super().on_response_complete()
+        if self.transport.is_closing():
+            self._time_write()
+        elif self._body is not None:
+            self._unset_keepalive_if_required()
+            self._time_body(min(_DRAIN_S, self.settings.body_timeout_s))
+        elif self._inbox:
+            self._unset_keepalive_if_required()
+            self._advance()
+
+    def timeout_keep_alive_handler(self) -> None:
+        """Called when a kept connection has idled too long, its last answer read or not."""
+        if self.transport.get_write_buffer_size():
+            self.transport.abort()
+        else:
+            super().timeout_keep_alive_handler()
+
+    # Time
+
+    def _time_head(self) -> None:
+        self._head_timer.start(self.settings.head_timeout_s, self._head_late)
+
+    def _head_late(self) -> None:
+        if self._inbox:
+            self._refuse(HeadTimeout("The head of the request did not arrive in time."))
+        else:
+            self.transport.close()
+
+    def _time_body(self, seconds: float) -> None:
+        self._body_timer.start(seconds, self._body_late)
+
+    def _body_late(self) -> None:
+        if not self._busy:
+            self.transport.abort()  # it has been answered, and still sends
+        elif self.flow.read_paused:
+            self._time_body(self.settings.body_timeout_s)  # it is the application that waits
+        else:
+            self._refuse(BodyTimeout("The body of the request did not arrive in time."))
+
+    def _time_write(self) -> None:
+        if not self._write_timer.running:
+            self._write_timer.start(self.settings.write_timeout_s, self.transport.abort)
+
+    def _stop_timers(self) -> None:
+        for timer in (self._head_timer, self._body_timer, self._write_timer):
+            timer.stop()
+
+    # Refusing
+
+    def _refuse(self, error: AnserError, *, linger: bool = True) -> None:
+        """Say why, in the envelope, and close; an answer under way is cut off."""
+        self._refused = True
+        self._stop_timers()
+        self._unset_keepalive_if_required()
+        self._inbox.clear()
+        cycle = self.cycle if self._busy else None
+        if cycle is not None:
+            cycle.disconnected = True
+            cycle.message_event.set()
+            self.flow.resume_writing()
+        if cycle is not None and cycle.response_started:
+            self.transport.abort()
+            return
+        self.transport.write(_refusal(error, self.server_state.default_headers))
+        self.flow.resume_reading()
+        if linger and self.transport.can_write_eof():
+            self.transport.write_eof()
+            self._write_timer.start(_LINGER_S, self.transport.abort)
+        else:
+            self.transport.close()
+            self._time_write()
+
+
+class _Timer:
+    """One thing that happens once, unless it is stopped before."""
+
+    __slots__ = ("_handle", "_loop")
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+        self._handle: asyncio.TimerHandle | None = None
+
+    @property
+    def running(self) -> bool:
+        """Whether it is still to happen."""
+        return self._handle is not None
+
+    def start(self, delay_s: float, action: Callable[[], None]) -> None:
+        """Do it in `delay_s` seconds, counted from now."""
+        self.stop()
+        self._handle = self._loop.call_later(delay_s, self._fire, action)
+
+    def stop(self) -> None:
+        """Do not do it."""
+        if self._handle is not None:
+            self._handle.cancel()
+            self._handle = None
+
+    def _fire(self, action: Callable[[], None]) -> None:
+        self._handle = None
+        action()
+
+
+def _refusal(error: AnserError, default_headers: list[tuple[bytes, bytes]]) -> bytes:
+    """The whole answer, in OpenAI's envelope."""
+    envelope = {
+        "message": error.message,
+        "type": error.kind,
+        "param": error.param,
+        "code": error.code,
+    }
+    body = msgspec.json.encode({"error": envelope})
+    headers = [
+        *default_headers,
+        (b"content-type", b"application/json"),
+        (b"content-length", str(len(body)).encode()),
+        (b"x-request-id", f"req_{secrets.token_hex(12)}".encode()),
+        (b"connection", b"close"),
+    ]
+    lines = b"".join(b"%b: %b\r\n" % pair for pair in headers)
+    return STATUS_LINE[error.status] + lines + b"\r\n" + body
