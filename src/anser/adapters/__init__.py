@@ -1,0 +1,1 @@
+"""The outside world, behind ports; chosen by the platform and by nobody else."""
