@@ -1,0 +1,1 @@
+"""Use cases: each joins the pure core to the outside world through ports."""

@@ -1,0 +1,197 @@
+"""What an engine's chunk says: how many tokens it carries, whether it ends the answer, its usage.
+
+A chunk is read only as far as counting needs; its bytes go on to the client as they came. The
+engine's own usage is believed within bounds that follow from the text itself: a token is at most
+one chunk's worth and at least one byte, so a claim outside of these is the engine's error.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+
+import msgspec
+
+from anser.core.errors import EngineBroken
+from anser.core.ledger import Usage
+from anser.core.limits import STREAM_BUFFER_MAX
+
+__all__ = ["Piece", "Tally", "cut_short", "read_embedding_usage", "read_opening"]
+
+_CLAIM_SLACK = 8  # tokens without text: end of turn, tool-call markers
+_TEMPLATE_SLACK = 2_048  # prompt tokens that a chat template and tools may add
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Piece:
+    """One chunk on its way: its bytes, and what they end or report."""
+
+    data: bytes
+    finish: str | None = None
+    usage: Usage | None = None
+
+
+class _Function(msgspec.Struct):
+    name: str | None = None
+    arguments: str | None = None
+
+
+class _ToolCall(msgspec.Struct):
+    function: _Function | None = None
+
+
+class _Delta(msgspec.Struct):
+    content: str | None = None
+    reasoning: str | None = None
+    reasoning_content: str | None = None
+    refusal: str | None = None
+    tool_calls: list[_ToolCall] | None = None
+
+
+class _Logprobs(msgspec.Struct):
+    content: list[msgspec.Raw] | None = None
+    tokens: list[msgspec.Raw] | None = None
+
+
+class _Choice(msgspec.Struct):
+    index: int = 0
+    delta: _Delta | None = None
+    text: str | None = None
+    logprobs: _Logprobs | None = None
+    finish_reason: str | None = None
+
+
+class _Details(msgspec.Struct):
+    cached_tokens: int | None = None
+
+
+class _Usage(msgspec.Struct):
+    prompt_tokens: int = 0
+    completion_tokens: int | None = 0
+    prompt_tokens_details: _Details | None = None
+
+
+class _Chunk(msgspec.Struct):
+    choices: list[_Choice] = []
+    usage: _Usage | None = None
+
+
+class _Embeddings(msgspec.Struct):
+    usage: _Usage | None = None
+
+
+_CHUNK = msgspec.json.Decoder(_Chunk)
+_EMBEDDINGS = msgspec.json.Decoder(_Embeddings)
+
+
+@dataclass(slots=True)
+class Tally:
+    """The gateway's own count of one lease's answer."""
+
+    prompt_estimate: int
+    prompt_bytes: int
+    tokens: int = 0
+    text_bytes: int = 0
+    finish: str | None = None
+    usage: Usage | None = None
+
+    def read(self, data: bytes) -> tuple[Piece, int]:
+        """Count one chunk; returns it with the tokens that it carries. Raises EngineBroken."""
+        try:
+            chunk = _CHUNK.decode(data)
+        except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as error:
+            raise EngineBroken("The engine sent a chunk that is not an OpenAI chunk.") from error
+        tokens, finish = 0, None
+        for choice in chunk.choices:
+            tokens += self._count(choice)
+            finish = choice.finish_reason or finish
+        self.tokens += tokens
+        self.finish = self.finish or finish
+        usage = None
+        if chunk.usage is not None and not chunk.choices:
+            usage = self.usage = self.believe(chunk.usage)
+        elif chunk.usage is not None and finish is not None:
+            self.usage = self.believe(chunk.usage)
+        return Piece(data=data, finish=finish, usage=usage), tokens
+
+    def settled(self) -> Usage:
+        """The usage to charge: the engine's, as far as it can be true, else the own count."""
+        return self.usage or Usage(
+            prompt_tokens=self.prompt_estimate, completion_tokens=self.tokens
+        )
+
+    def believe(self, claimed: _Usage) -> Usage:
+        """The engine's claim, each figure replaced by the gateway's own where it cannot be true."""
+        prompt = claimed.prompt_tokens
+        if not 0 < prompt <= self.prompt_bytes + _TEMPLATE_SLACK:
+            prompt = self.prompt_estimate
+        completion = claimed.completion_tokens or 0
+        most = max(self.text_bytes, self.tokens) + _CLAIM_SLACK
+        least = max(self.tokens - _CLAIM_SLACK, min(self.tokens, 1))
+        if not least <= completion <= most:
+            completion = self.tokens
+        details = claimed.prompt_tokens_details
+        cached = (details.cached_tokens or 0) if details is not None else 0
+        return Usage(
+            prompt_tokens=prompt,
+            cached_tokens=min(max(cached, 0), prompt),
+            completion_tokens=completion,
+        )
+
+    def _count(self, choice: _Choice) -> int:
+        """At least how many tokens this choice carries: its logprobs tell exactly, text tells 1."""
+        text = len((choice.text or "").encode())
+        if choice.delta is not None:
+            text += _delta_bytes(choice.delta)
+        self.text_bytes += text
+        if choice.logprobs is not None:
+            listed = choice.logprobs.content or choice.logprobs.tokens
+            if listed:
+                return len(listed)
+        return 1 if text else 0
+
+
+def cut_short(data: bytes) -> bytes:
+    """A chunk that ends an answer for its length, made from the last chunk that came."""
+    chunk = msgspec.json.decode(data, type=dict[str, object])
+    ending: dict[str, object] = {"index": 0, "finish_reason": "length"}
+    if chunk.get("object") == "chat.completion.chunk":
+        ending["delta"] = dict[str, object]()
+    else:
+        ending["text"] = ""
+    chunk.pop("usage", None)
+    chunk["choices"] = [ending]
+    return msgspec.json.encode(chunk)
+
+
+def _delta_bytes(delta: _Delta) -> int:
+    reasoning = delta.reasoning or delta.reasoning_content
+    size = sum(len(part.encode()) for part in (delta.content, reasoning, delta.refusal) if part)
+    for call in delta.tool_calls or ():
+        if call.function is not None:
+            size += len(f"{call.function.name or ''}{call.function.arguments or ''}".encode())
+    return size
+
+
+async def read_opening(tally: Tally, chunks: AsyncIterator[bytes]) -> list[tuple[Piece, int]]:
+    """What comes up to the first token, or to an end without any, counted.
+
+    Nothing of it has reached the client, so whatever fails in here is another node's work.
+    """
+    opening: list[tuple[Piece, int]] = []
+    async for data in chunks:
+        opening.append(tally.read(data))
+        if tally.tokens or tally.finish is not None:
+            return opening
+        if len(opening) >= STREAM_BUFFER_MAX:
+            raise EngineBroken("The engine sent chunk after chunk without a token.")
+    raise EngineBroken("The engine ended before its first token.")
+
+
+def read_embedding_usage(data: bytes, tally: Tally) -> Usage:
+    """The usage of an embeddings answer. Raises EngineBroken."""
+    try:
+        answer = _EMBEDDINGS.decode(data)
+    except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as error:
+        raise EngineBroken("The engine's embeddings are not an OpenAI answer.") from error
+    return tally.settled() if answer.usage is None else tally.believe(answer.usage)

@@ -1,0 +1,495 @@
+"""The gateway: carries one request from its admission to its receipt.
+
+Theory of operation. A request lives in the task of its caller; the gateway owns no task. The
+scheduler decides (`Scheduler.handle`), the gateway acts: a `Start` wakes the request's own task,
+which opens the stream at the node. Until the first chunk a node's failure is not seen by the
+client: the scheduler puts the request back at the front and it starts elsewhere. The chunk that
+ends the answer is held back until the receipt is durable, so whoever has seen an end finds its
+receipt. Leaving early cancels: in the queue at once, at the engine before the slot is free again.
+
+Invariants: each admitted request leaves exactly one receipt; a slot is reported free only after
+its engine has stopped; between a decision and what relies on it there is no await.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, aclosing, asynccontextmanager
+from dataclasses import dataclass, field
+
+from anser.config import GatewaySettings
+from anser.core.errors import (
+    AnserError,
+    EngineBroken,
+    EngineError,
+    EngineRefused,
+    EngineStalled,
+    EngineUnreachable,
+    ModelNotFound,
+    NoNode,
+    Overloaded,
+    QueueTimeout,
+    ShuttingDown,
+)
+from anser.core.fleet import NodeState
+from anser.core.ledger import LeaseRecord, Outcome, Receipt, Usage
+from anser.core.scheduler import (
+    Cancelled,
+    Decision,
+    Event,
+    Failed,
+    Finished,
+    Lease,
+    NodeChanged,
+    NodeGone,
+    Progressed,
+    Refused,
+    Request,
+    Scheduler,
+    Start,
+    Submitted,
+    Weighed,
+)
+from anser.ports import Call, Clock, Engine
+from anser.services.chunks import (
+    Piece,
+    Tally,
+    cut_short,
+    read_embedding_usage,
+    read_opening,
+)
+from anser.services.fleet import Fleet
+from anser.services.ledger import Ledger
+from anser.services.members import Members
+from anser.services.run import Demand, Run, call_for
+from anser.services.stats import NodeRow, Snapshot, Stats
+
+__all__ = ["Answer", "Demand", "Embedded", "Gateway", "NodeRow", "Snapshot"]
+
+_COALESCE_S = 0.1  # SCHEDULER rule 4: output is charged per token, told at most this often
+_RETRY_AFTER_S = 5.0
+_OVERRUN_SLACK = 1  # a chunk may be under way when the limit is reached
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Embedded:
+    """An embeddings answer as the engine gave it."""
+
+    data: bytes
+    node: str
+    lease: str
+    limits: dict[str, str]
+    usage: Usage
+
+
+@dataclass(frozen=True, slots=True)
+class _Chunks:
+    """An open stream: what came up to its first token, counted, and the rest."""
+
+    opening: list[tuple[Piece, int]]
+    rest: AsyncIterator[bytes]
+
+
+@dataclass(slots=True)
+class Answer:
+    """An answer under way: iterate its pieces; `usage` is known at the end."""
+
+    node: str
+    lease: str
+    limits: dict[str, str]
+    _pieces: AsyncGenerator[Piece]
+    _tally: Tally
+
+    def __aiter__(self) -> AsyncIterator[Piece]:
+        return self._pieces
+
+    @property
+    def usage(self) -> Usage:
+        """What the answer has cost so far."""
+        return self._tally.settled()
+
+
+@dataclass(slots=True, kw_only=True)
+class Gateway:
+    """All requests in flight on this platform."""
+
+    scheduler: Scheduler
+    members: Members
+    fleet: Fleet
+    ledger: Ledger
+    clock: Clock
+    settings: GatewaySettings
+    factor_of: Callable[[str], int] = lambda _: 1_000  # a model's price factor, in thousandths
+    stats: Stats = field(default_factory=Stats)
+    draining: bool = False
+    empty: asyncio.Event = field(default_factory=asyncio.Event)
+    _runs: dict[str, Run] = field(default_factory=dict[str, Run])
+
+    def __post_init__(self) -> None:
+        self.empty.set()
+        self.members.subscribe(self._weighed)
+        self.fleet.subscribe(self._fleet_changed)
+
+    def __repr__(self) -> str:
+        return f"<Gateway runs={len(self._runs)} draining={self.draining} {self.scheduler!r}>"
+
+    def validate(self) -> None:
+        """Assert the invariants: the scheduler knows no request that the gateway does not."""
+        self.scheduler.validate()
+        assert self.scheduler.queued + self.scheduler.running <= len(self._runs), self
+
+    @asynccontextmanager
+    async def answer(self, demand: Demand) -> AsyncGenerator[Answer]:
+        """Admit, queue and start `demand`; yields once its first chunk is there.
+
+        Leaving the context before the pieces end cancels the request. Raises LimitReached,
+        ModelNotFound, NoNode, QueueTimeout, EngineError, EngineRefused, ShuttingDown.
+        """
+        run = self._admit(demand)
+        async with AsyncExitStack() as stream:
+            try:
+                chunks = await self._first_chunk(run, stream)
+                assert run.lease is not None
+                async with aclosing(self._pieces(run, chunks, stream)) as pieces:
+                    yield Answer(
+                        node=run.lease.node,
+                        lease=run.lease.id,
+                        limits=run.reservation.headers(),
+                        _pieces=pieces,
+                        _tally=run.tally,
+                    )
+            except AnserError as error:
+                await stream.aclose()
+                await self._end(run, Outcome.FAILED, error)
+                raise
+            finally:
+                if not run.closed:
+                    try:
+                        await stream.aclose()
+                    finally:  # also when cancelled once more meanwhile
+                        self._cancel(run)
+
+    async def embed(self, demand: Demand) -> Embedded:
+        """Admit, queue and answer an embeddings demand. Raises as `answer` does."""
+        run = self._admit(demand)
+        try:
+            data = await self._embed(run)
+            usage = read_embedding_usage(data, run.tally)
+            run.tally.usage = usage
+            lease = run.lease
+            assert lease is not None
+            limits = run.reservation.headers()
+            await self._end(run, Outcome.FINISHED, None)
+        except AnserError as error:
+            await self._end(run, Outcome.FAILED, error)
+            raise
+        finally:
+            if not run.closed:
+                self._cancel(run)
+        return Embedded(data=data, node=lease.node, lease=lease.id, limits=limits, usage=usage)
+
+    def snapshot(self) -> Snapshot:
+        """What is waiting and running now."""
+        busy: dict[str, int] = {}
+        for run in self._runs.values():
+            if run.lease is not None:
+                busy[run.lease.node] = busy.get(run.lease.node, 0) + 1
+        return Snapshot(
+            queued=self.scheduler.queued,
+            running=self.scheduler.running,
+            tokens_per_s=self.stats.tokens_per_s(self.clock.now()),
+            draining=self.draining,
+            nodes=tuple(NodeRow(node=node, running=count) for node, count in sorted(busy.items())),
+        )
+
+    def drain(self) -> None:
+        """Admit nothing new from now on."""
+        self.draining = True
+
+    # Admission
+
+    def _admit(self, demand: Demand) -> Run:
+        if self.draining:
+            raise ShuttingDown("This platform is stopping.", retry_after_s=_RETRY_AFTER_S)
+        self._check_model(demand.model)
+        reservation = self.members.reserve(
+            demand.member,
+            prompt_tokens=demand.prompt_tokens,
+            output_tokens_max=demand.output_tokens_max,
+        )
+        run = Run(
+            demand=demand,
+            reservation=reservation,
+            queued_at=self.clock.now(),
+            queued_ms=self._wall_ms(),
+            ready=asyncio.get_running_loop().create_future(),
+            tally=Tally(demand.prompt_tokens, demand.prompt_bytes),
+        )
+        self._runs[demand.id] = run
+        self.empty.clear()
+        request = Request(
+            id=demand.id,
+            member=demand.member,
+            model=demand.model,
+            prompt_tokens=demand.prompt_tokens,
+            output_tokens_max=demand.output_tokens_max,
+            factor_milli=self.factor_of(demand.model),
+        )
+        self._handle(Submitted(request=request))
+        if run.ready.done() and (refusal := run.ready.exception()) is not None:
+            self._remove(run)  # refused at once: it was never in flight
+            run.reservation.settle(prompt_tokens=0, completion_tokens=0)
+            raise refusal
+        return run
+
+    def _check_model(self, model: str) -> None:
+        offers = self.fleet.models().get(model)
+        if not offers:
+            raise ModelNotFound(f"There is no model {model!r} here.", param="model")
+        down = {NodeState.DOWN, NodeState.DRAINING}
+        if all(self.fleet.status(offer.node).state in down for offer in offers):
+            message = f"No node serves {model} now."
+            raise NoNode(message, param="model", retry_after_s=_RETRY_AFTER_S)
+
+    # From the queue to the first chunk
+
+    async def _first_chunk(self, run: Run, stream: AsyncExitStack) -> _Chunks:
+        """Start on node after node until one gives a first token; the stream stays open."""
+        while True:
+            lease = await self._lease(run)
+            try:
+                async with asyncio.timeout(self.settings.first_token_timeout_s):
+                    chunks = await stream.enter_async_context(self._open(run, lease))
+                    opening = await read_opening(run.tally, chunks)
+                run.began = True
+                return _Chunks(opening, chunks)
+            except TimeoutError:
+                error: EngineError = EngineStalled("The engine gave no first token in time.")
+            except EngineRefused:
+                raise
+            except EngineError as raised:
+                error = raised
+            await stream.aclose()
+            self._failed_before_first(run, lease, error)
+
+    def _open(self, run: Run, lease: Lease) -> AbstractAsyncContextManager[AsyncIterator[bytes]]:
+        engine, call = self._call(run, lease)
+        return engine.generate(call)
+
+    def _call(self, run: Run, lease: Lease) -> tuple[Engine, Call]:
+        """The lease's engine and the question in its own names. Raises EngineUnreachable."""
+        run.opened = True
+        try:
+            offer = self.fleet.offer(lease.node, run.demand.model)
+            return self.fleet.engine(lease.node), call_for(run.demand, lease, offer)
+        except NoNode as gone:
+            raise EngineUnreachable(gone.message) from None
+
+    async def _embed(self, run: Run) -> bytes:
+        while True:
+            lease = await self._lease(run)
+            try:
+                engine, call = self._call(run, lease)
+                async with asyncio.timeout(self.settings.first_token_timeout_s):
+                    data = await engine.embed(call)
+                run.began = True
+                return data
+            except TimeoutError:
+                error: EngineError = EngineStalled("The engine gave no embeddings in time.")
+            except EngineRefused:
+                raise
+            except EngineError as raised:
+                error = raised
+            self._failed_before_first(run, lease, error)
+
+    async def _lease(self, run: Run) -> Lease:
+        """Wait for a slot. Raises QueueTimeout, Overloaded, or the last node's error."""
+        left_s = self.settings.queue_timeout_s - (self.clock.now() - run.queued_at)
+        try:
+            async with asyncio.timeout(max(left_s, 0.0)):
+                lease = await run.ready
+        except TimeoutError:
+            message = f"No slot became free in {self.settings.queue_timeout_s:.0f} s."
+            raise QueueTimeout(message, retry_after_s=_RETRY_AFTER_S) from None
+        run.reservation.started()
+        self.stats.queue_s.observe(self.clock.now() - run.queued_at)
+        return lease
+
+    def _failed_before_first(self, run: Run, lease: Lease, error: EngineError) -> None:
+        """Tell scheduler and fleet; the run waits again, or its future holds the refusal."""
+        self.fleet.failed(lease.node, error)
+        self._close_lease(run, error.code)
+        run.opened = False
+        run.ready = asyncio.get_running_loop().create_future()
+        run.tally = Tally(run.demand.prompt_tokens, run.demand.prompt_bytes)
+        run.reservation.requeued()
+        self.stats.retries += 1
+        for refused in self._handle(Failed(lease=lease.id, delivered=Usage(), retry=True)):
+            if refused.request == run.demand.id and not run.ready.done():
+                run.ready.set_exception(error)
+
+    # From the first chunk to the receipt
+
+    async def _pieces(
+        self, run: Run, chunks: _Chunks, stream: AsyncExitStack
+    ) -> AsyncGenerator[Piece]:
+        """Count and pass on each chunk; hold the end until the receipt is durable."""
+        held: list[Piece] = []
+        counted = chunks.opening
+        while counted:
+            for piece, tokens in counted:
+                self._progress(run, tokens)
+                if run.tally.tokens > run.demand.output_tokens_max + _OVERRUN_SLACK:
+                    run.blame = EngineBroken("The engine went past the longest answer asked for.")
+                    held = [Piece(data=cut_short(piece.data), finish="length")]
+                    break
+                if held or piece.finish is not None:
+                    held.append(piece)
+                else:
+                    self._deliver(run, tokens)
+                    yield piece
+            counted = [] if run.blame else await self._next(run, chunks.rest)
+        if not held:
+            raise EngineBroken("The engine ended its stream without a finish_reason.")
+        await stream.aclose()  # the engine's slot is free before the scheduler gives it away
+        await self._end(run, Outcome.FINISHED, None)
+        for piece in held:
+            yield piece
+
+    async def _next(self, run: Run, chunks: AsyncIterator[bytes]) -> list[tuple[Piece, int]]:
+        """The next chunk, counted; nothing at the end. Raises EngineError."""
+        try:
+            async with asyncio.timeout(self.settings.token_gap_timeout_s):
+                data = await anext(chunks, None)
+        except TimeoutError:
+            raise EngineStalled("The engine went silent in mid-answer.") from None
+        return [] if data is None else [run.tally.read(data)]
+
+    def _deliver(self, run: Run, tokens: int) -> None:
+        run.delivered += tokens
+        if tokens and run.first_token_ms is None:
+            run.first_token_ms = run.moment(self._wall_ms())
+            self.stats.first_token_s.observe(self.clock.now() - run.queued_at)
+
+    def _progress(self, run: Run, tokens: int) -> None:
+        """Charge what was generated, told to the scheduler at most every 100 ms."""
+        now = self.clock.now()
+        self.stats.produced(tokens, now)
+        untold = run.tally.tokens - run.told
+        if untold and now - run.told_at >= _COALESCE_S and run.lease is not None:
+            run.told, run.told_at = run.tally.tokens, now
+            self._handle(Progressed(lease=run.lease.id, tokens=untold))
+
+    # The end
+
+    async def _end(self, run: Run, outcome: Outcome, error: AnserError | None) -> None:
+        """Free the slot, settle the limits, and wait until the receipt is durable."""
+        if not run.closed:
+            await self.ledger.record(self._close(run, outcome, error))
+
+    def _cancel(self, run: Run) -> None:
+        """The client has left and the engine has stopped: free all, and leave the receipt."""
+        self.ledger.enqueue(self._close(run, Outcome.CANCELLED, None))
+
+    def _close(self, run: Run, outcome: Outcome, error: AnserError | None) -> Receipt:
+        run.closed = True
+        generated, delivered = run.generated(outcome), run.received(outcome)
+        lease = run.lease
+        self._report_node(run, outcome, error)
+        self._close_lease(run, None if error is None else error.code)
+        self._remove(run)
+        if lease is None:
+            self._handle(Cancelled(request=run.demand.id))
+        elif outcome is Outcome.FAILED and isinstance(error, EngineError):
+            self._handle(Failed(lease=lease.id, delivered=delivered, retry=False))
+        else:
+            self._handle(Finished(lease=lease.id, usage=generated))
+        run.reservation.settle(
+            prompt_tokens=generated.prompt_tokens, completion_tokens=generated.completion_tokens
+        )
+        self._count(run, outcome, delivered)
+        return Receipt(
+            request=run.demand.id,
+            member=run.demand.member,
+            model=run.demand.model,
+            outcome=outcome,
+            error=None if error is None else error.code,
+            usage=delivered,
+            leases=tuple(run.leases),
+            queued_ms=run.queued_ms,
+            first_token_ms=run.first_token_ms,
+            ended_ms=run.moment(self._wall_ms()),
+        )
+
+    def _report_node(self, run: Run, outcome: Outcome, error: AnserError | None) -> None:
+        """A whole stream tells about its node; the client's own fault or leaving does not."""
+        if run.lease is None:
+            return
+        blame = run.blame or error
+        if isinstance(blame, EngineError) and not isinstance(blame, EngineRefused):
+            self.fleet.failed(run.lease.node, blame)
+        elif outcome is Outcome.FINISHED:
+            self.fleet.succeeded(run.lease.node)
+
+    def _close_lease(self, run: Run, error: str | None) -> None:
+        lease = run.lease
+        if lease is None:
+            return
+        record = LeaseRecord(
+            lease=lease.id,
+            node=lease.node,
+            started_ms=run.lease_started_ms,
+            ended_ms=run.moment(self._wall_ms()),
+            completion_tokens=run.tally.tokens,
+            error=error,
+        )
+        run.leases.append(record)
+        run.lease = None
+
+    def _remove(self, run: Run) -> None:
+        del self._runs[run.demand.id]
+        if not self._runs:
+            self.empty.set()
+
+    def _count(self, run: Run, outcome: Outcome, delivered: Usage) -> None:
+        self.stats.outcomes[run.demand.route.name.lower(), outcome.value] += 1
+        self.stats.tokens["prompt"] += delivered.prompt_tokens
+        self.stats.tokens["cached"] += delivered.cached_tokens
+        self.stats.tokens["completion"] += delivered.completion_tokens
+        self.stats.duration_s.observe(self.clock.now() - run.queued_at)
+
+    # The scheduler
+
+    def _handle(self, event: Event) -> list[Refused]:
+        """Give the scheduler an event and act on all of its decisions; returns its refusals."""
+        refusals: list[Refused] = []
+        for decision in self.scheduler.handle(event, self.clock.now()):
+            self._act(decision, refusals)
+        return refusals
+
+    def _act(self, decision: Decision, refusals: list[Refused]) -> None:
+        match decision:
+            case Start(lease=lease):
+                run = self._runs[lease.request]
+                run.lease, run.lease_started_ms = lease, run.moment(self._wall_ms())
+                run.told = 0
+                if not run.ready.done():  # else its client has just left
+                    run.ready.set_result(lease)
+            case Refused(request=request, code="overloaded"):
+                message = "This platform has as many requests waiting as it takes."
+                refused = Overloaded(message, retry_after_s=_RETRY_AFTER_S)
+                self._runs[request].ready.set_exception(refused)
+            case Refused():
+                refusals.append(decision)
+            case _:  # Abort: the request's own task stops its engine
+                pass
+
+    def _weighed(self, member: str, weight: int) -> None:
+        self._handle(Weighed(member=member, weight=weight))
+
+    def _fleet_changed(self, event: NodeChanged | NodeGone) -> None:
+        self._handle(event)
+
+    def _wall_ms(self) -> int:
+        return int(self.clock.wall() * 1_000)

@@ -1,0 +1,298 @@
+"""The ledger: every receipt is durable and signed before the end of its answer is sent.
+
+Theory of operation. `record` puts a receipt's leaf into a bounded queue and waits. `run` takes
+whatever has piled up, hashes it into one Merkle tree, signs the root once and stores the batch in
+one transaction; then it wakes everybody who waited. While one batch is being written the next one
+piles up, so a busy ledger makes few large batches and an idle one answers at the disk's speed;
+nothing is ever delayed on purpose.
+
+A commit that fails is raised to each who waits for it, and the loop goes on. If the store finds
+that a batch contradicts what it holds (Conflict), each receipt is tried alone, so that only the
+culprit fails.
+
+A receipt for which nobody waits, because its client has left, is kept and tried again until it is
+stored or the platform stops; then its loss is logged.
+
+Invariants:
+- at most one receipt per request is pending at a time;
+- pending and kept receipts together stay within their limit;
+- `signed_ms` never goes back, whatever the clock does;
+- when `run` has ended, nobody waits.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Any
+
+import anyio
+import structlog
+
+from anser.core import limits, tlog
+from anser.core.errors import (
+    AnserError,
+    Conflict,
+    NotFound,
+    Overloaded,
+    ReceiptError,
+    ShuttingDown,
+    StoreCorrupt,
+    StoreError,
+)
+from anser.core.ledger import Receipt, batch_message
+from anser.ports import Clock, ReceiptStore, SignedBatch, Signer, UsageRow
+from anser.services.receipt_file import canonical, document_of, leaf_of, verify
+
+__all__ = ["Ledger", "verify"]
+
+_RETRY_S = 1.0
+_log = structlog.get_logger("anser.ledger")
+
+
+@dataclass(slots=True, kw_only=True)
+class _Pending:
+    """A receipt that waits for its commit, and all who wait for it."""
+
+    receipt: Receipt
+    leaf: bytes
+    waiters: list[asyncio.Future[None]] = field(default_factory=list["asyncio.Future[None]"])
+
+    @property
+    def unattended(self) -> bool:
+        """Whether nobody is there to be told of a failure."""
+        return all(waiter.cancelled() for waiter in self.waiters)
+
+
+class Ledger:
+    """Records receipts durably, in signed batches, and gives them out with their proofs."""
+
+    def __init__(self, store: ReceiptStore, signer: Signer, clock: Clock) -> None:
+        self._store = store
+        self._signer = signer
+        self._clock = clock
+        self._pending: dict[str, _Pending] = {}
+        self._kept: list[_Pending] = []  # unattended, after a failed commit
+        self._writing: list[_Pending] = []
+        self._signed: SignedBatch | None = None  # of what is being written
+        self._signed_ms = 0
+        self._work = asyncio.Event()
+        self._ended = asyncio.Event()
+        self._running = False
+        self._closing = False
+        self._batches = 0
+        self._receipts = 0
+
+    def __repr__(self) -> str:
+        return (
+            f"<Ledger pending={len(self._pending)} kept={len(self._kept)}"
+            f" writing={len(self._writing)} batches={self._batches}"
+            f" receipts={self._receipts} running={self._running}>"
+        )
+
+    def validate(self) -> None:
+        """Assert the invariants."""
+        assert len(self._pending) <= limits.RECEIPTS_PENDING_MAX
+        assert len(self._kept) <= limits.RECEIPTS_PENDING_MAX + limits.BATCH_RECEIPTS_MAX
+        assert len(self._writing) <= limits.BATCH_RECEIPTS_MAX
+        assert self._running or not self._writing
+        assert bool(self._writing) == (self._signed is not None)
+        assert all(key == entry.receipt.request for key, entry in self._pending.items())
+
+    @property
+    def public_key(self) -> bytes:
+        """The 32 bytes that check this platform's receipts."""
+        return self._signer.public_key
+
+    async def record(self, receipt: Receipt) -> None:
+        """Return when the receipt is durable; recording the same one again changes nothing.
+
+        Raises StoreError if it could not be stored, Conflict if another receipt of this request
+        exists, Overloaded and ShuttingDown before anything was accepted.
+        """
+        waiter = asyncio.get_running_loop().create_future()
+        self._accept(receipt).waiters.append(waiter)
+        try:
+            async with asyncio.timeout(limits.RECORD_TIMEOUT_S):
+                await waiter
+        except TimeoutError:
+            message = f"The receipt was not durable within {limits.RECORD_TIMEOUT_S:g} s."
+            raise StoreError(message) from None
+
+    def enqueue(self, receipt: Receipt) -> None:
+        """Store the receipt soon; for a client that has left. A loss is logged, never raised."""
+        try:
+            self._accept(receipt)
+        except AnserError as error:
+            _log.error("receipt lost", request=receipt.request, code=error.code)
+
+    async def run(self) -> None:
+        """Commit batches until `aclose` or cancelled; what was accepted by then is written first.
+
+        Raises StoreError if the newest batch cannot be read at the start.
+        """
+        assert not self._running
+        self._running = True
+        try:
+            await self._resume_time()
+            while not self._closing:
+                with anyio.move_on_after(_RETRY_S if self._kept else math.inf):
+                    await self._work.wait()
+                self._work.clear()
+                await self._flush()
+        finally:
+            self._closing = True
+            try:
+                with anyio.move_on_after(limits.LEDGER_FLUSH_S, shield=True):
+                    await self._flush()
+            finally:
+                self._abandon()
+
+    async def aclose(self) -> None:
+        """Accept nothing more and return when `run` has written what was accepted. Idempotent."""
+        self._closing = True
+        self._work.set()
+        if self._running:
+            with anyio.move_on_after(limits.LEDGER_FLUSH_S):
+                await self._ended.wait()
+
+    async def export(self, request: str) -> dict[str, Any]:
+        """The receipt file of one request, checked once more. Raises NotFound, StoreError."""
+        stored = await self._store.find(request)
+        if stored is None:
+            raise NotFound("There is no receipt of this request.")
+        document = document_of(stored)
+        try:
+            verify(canonical(document))
+        except ReceiptError as error:
+            raise StoreCorrupt(f"A stored receipt does not verify: {error.message}") from None
+        return document
+
+    async def usage(
+        self, *, since_ms: int, until_ms: int, member: str | None = None
+    ) -> list[UsageRow]:
+        """Sums of receipts ended in [since, until), of `member` and all below it, or of all."""
+        return await self._store.usage(since_ms=since_ms, until_ms=until_ms, member=member)
+
+    async def recent(self, *, limit: int, member: str | None = None) -> list[Receipt]:
+        """The newest receipts first, of `member` and all below it, or of all."""
+        return await self._store.recent(limit=limit, member=member)
+
+    def _accept(self, receipt: Receipt) -> _Pending:
+        if self._closing:
+            raise ShuttingDown("The ledger is closed.")
+        same = self._pending.get(receipt.request)
+        if same is not None:
+            if same.receipt != receipt:
+                raise Conflict(f"Another receipt of request {receipt.request} is being written.")
+            return same
+        if len(self._pending) + len(self._kept) >= limits.RECEIPTS_PENDING_MAX:
+            raise Overloaded("Too many receipts wait for the disk.")
+        entry = _Pending(receipt=receipt, leaf=leaf_of(receipt))
+        self._pending[receipt.request] = entry
+        self._work.set()
+        return entry
+
+    async def _resume_time(self) -> None:
+        """Take up `signed_ms` where the newest stored batch left it."""
+        newest = await self._store.recent(limit=1, member=None)
+        stored = await self._store.find(newest[0].request) if newest else None
+        if stored is not None:
+            self._signed_ms = max(self._signed_ms, stored.batch.signed_ms)
+
+    async def _flush(self) -> None:
+        succeeded = True
+        while self._writing or self._pending or (self._kept and succeeded):
+            succeeded = await self._commit()
+
+    async def _commit(self) -> bool:
+        """Write the oldest receipts, up to one batch, and tell their waiters; whether it succeeded.
+
+        If an earlier call was cut off in mid-write, its very same batch is written again, which
+        changes nothing if it was stored after all.
+        """
+        if self._signed is None:
+            self._writing = self._take()
+            self._signed = self._sign(self._writing)
+        failure: StoreError | None = None
+        try:
+            await self._append(self._writing, self._signed)
+        except Conflict as conflict:
+            await self._commit_singly(conflict)
+        except StoreError as error:
+            failure = error
+            self._fail(self._writing, error)
+        self._writing, self._signed = [], None
+        return failure is None
+
+    def _take(self) -> list[_Pending]:
+        size = limits.BATCH_RECEIPTS_MAX
+        taken, self._kept = self._kept[:size], self._kept[size:]
+        oldest = list(islice(self._pending, size - len(taken)))
+        requests = {entry.receipt.request for entry in taken}
+        # A request is in a batch once; the second of its receipts waits for the next one.
+        return taken + [self._pending.pop(name) for name in oldest if name not in requests]
+
+    async def _commit_singly(self, conflict: Conflict) -> None:
+        if len(self._writing) == 1:
+            self._fail(self._writing, conflict)
+            return
+        for entry in self._writing:
+            try:
+                await self._append([entry], self._sign([entry]))
+            except (Conflict, StoreError) as error:
+                self._fail([entry], error)
+
+    async def _append(self, entries: list[_Pending], signed: SignedBatch) -> None:
+        await self._store.append(signed)
+        self._batches += 1
+        self._receipts += len(entries)
+        for waiter in _waiters(entries):
+            waiter.set_result(None)
+
+    def _fail(self, entries: Sequence[_Pending], error: StoreError | Conflict) -> None:
+        """Tell all who wait; keep for later what nobody waits for."""
+        for entry in entries:
+            if not entry.unattended:
+                continue
+            if isinstance(error, StoreError):
+                self._kept.append(entry)
+            else:
+                _log.error("receipt lost", request=entry.receipt.request, code=error.code)
+        for waiter in _waiters(entries):
+            waiter.set_exception(type(error)(error.message))
+
+    def _sign(self, entries: Sequence[_Pending]) -> SignedBatch:
+        leaves = tuple(entry.leaf for entry in entries)
+        root = tlog.root_hash([tlog.leaf_hash(leaf) for leaf in leaves])
+        self._signed_ms = max(self._signed_ms, int(self._clock.wall() * 1_000))
+        message = batch_message(root=root, size=len(leaves), signed_ms=self._signed_ms)
+        return SignedBatch(
+            leaves=leaves,
+            receipts=tuple(entry.receipt for entry in entries),
+            root=root,
+            public_key=self._signer.public_key,
+            signature=self._signer.sign(message),
+            signed_ms=self._signed_ms,
+        )
+
+    def _abandon(self) -> None:
+        """Nobody waits when the loop has ended."""
+        left = [*self._writing, *self._kept, *self._pending.values()]
+        self._pending, self._writing, self._kept, self._signed = {}, [], [], None
+        for entry in left:
+            if entry.unattended:
+                _log.error("receipt lost", request=entry.receipt.request, code="shutting_down")
+        for waiter in _waiters(left):
+            message = "The platform stopped before the receipt was known to be stored."
+            waiter.set_exception(StoreError(message))
+        self._running = False
+        self._ended.set()
+
+
+def _waiters(entries: Sequence[_Pending]) -> list[asyncio.Future[None]]:
+    """All who still wait for these."""
+    return [waiter for entry in entries for waiter in entry.waiters if not waiter.done()]

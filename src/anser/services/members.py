@@ -1,0 +1,365 @@
+"""Members: who is asking, with which weight, and within which limits.
+
+Theory of operation. All members and keys are held in memory; the store is written first, so what
+is answered has lasted. A key is found by its keyed hash in one dict look-up; no secret is ever
+compared. A reservation checks and takes on the whole path from organisation to person between two
+awaits, so two requests can never both take the last place.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+
+from anser.config import MemberSettings
+from anser.core import limits
+from anser.core.allowance import Allowance
+from anser.core.errors import Conflict, NotFound, Overloaded, Unauthenticated
+from anser.core.members import (
+    ANONYMOUS,
+    Key,
+    Limits,
+    Member,
+    Scope,
+    ancestry,
+    bucket_of,
+    check_member_id,
+    hash_key,
+    key_text,
+)
+from anser.ports import Clock, MemberStore
+
+__all__ = ["ANONYMOUS_KEY", "OWNER", "Members", "Principal", "Reservation"]
+
+OWNER = "local/default/owner"
+ANONYMOUS_KEY = "anonymous"  # for clients that cannot leave the key out
+_WEIGHT = 1_000
+_OUTPUT_FIRST_GUESS = 256.0
+_OUTPUT_MEMORY = 0.2  # weight of the newest answer in the moving average
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Principal:
+    """Who is asking: a member, by which key, if any."""
+
+    member: str
+    key: str | None
+    scope: Scope
+    anonymous: bool
+
+
+@dataclass(slots=True)
+class _Account:
+    """What is remembered of an active member: its allowance and its usual answer's length."""
+
+    allowance: Allowance
+    output_tokens: float = _OUTPUT_FIRST_GUESS
+
+
+@dataclass(slots=True)
+class Reservation:
+    """The place of one admitted request in the limits of its member and all above it."""
+
+    members: Members
+    member: str
+    tokens: int
+    _path: tuple[_Account, ...]
+    _queued: bool = True
+    _settled: bool = False
+
+    def started(self) -> None:
+        """The request runs; it no longer counts as waiting."""
+        if self._queued:
+            self._queued = False
+            for account in self._path:
+                account.allowance.queued -= 1
+
+    def requeued(self) -> None:
+        """The request waits again, because its node failed."""
+        if not self._queued:
+            self._queued = True
+            for account in self._path:
+                account.allowance.queued += 1
+
+    def settle(self, *, prompt_tokens: int, completion_tokens: int) -> None:
+        """The request has ended: put what it really took in place of the estimate. Idempotent."""
+        if self._settled:
+            return
+        self.started()
+        self._settled = True
+        self.members.settle(self, prompt_tokens=prompt_tokens, completion_tokens=completion_tokens)
+
+    def accounts(self) -> tuple[_Account, ...]:
+        """The path's accounts, the organisation's first."""
+        return self._path
+
+    def headers(self) -> dict[str, str]:
+        """The x-ratelimit headers of this member's tightest limits."""
+        return self.members.headers(self._path)
+
+
+@dataclass(slots=True)
+class Members:
+    """The members of this platform and what opens it for them."""
+
+    store: MemberStore
+    clock: Clock
+    pepper: bytes
+    settings: MemberSettings
+    anonymous: bool
+    _members: dict[str, Member] = field(default_factory=dict[str, Member])
+    _keys: dict[str, Key] = field(default_factory=dict[str, Key])
+    _by_hash: dict[bytes, Key] = field(default_factory=dict[bytes, Key])
+    _accounts: dict[tuple[str, bool], _Account] = field(
+        default_factory=dict[tuple[str, bool], _Account]
+    )
+    _listeners: list[Callable[[str, int], None]] = field(
+        default_factory=list[Callable[[str, int], None]]
+    )
+
+    def __repr__(self) -> str:
+        return f"<Members {len(self._members)} keys={len(self._keys)} open={len(self._accounts)}>"
+
+    def validate(self) -> None:
+        """Assert the invariants: every parent exists, every key's member exists."""
+        for member in self._members:
+            assert all(above in self._members for above in ancestry(member)), member
+        assert all(key.member in self._members for key in self._by_hash.values())
+        for account in self._accounts.values():
+            account.allowance.validate()
+
+    async def load(self) -> None:
+        """Read the store; make the owner of a new platform; forget keys that expired long ago."""
+        for member in await self.store.members():
+            self._members[member.id] = member
+        anonymous = Member(id=ANONYMOUS, weight=self.settings.anonymous_weight)
+        self._members[ANONYMOUS] = anonymous
+        for key in await self.store.keys():
+            self._remember(key)
+        wall = self.clock.wall()
+        stale = tuple(key.id for key in self._keys.values() if not key.valid(wall))
+        await self.store.forget_keys(stale)
+        for key_id in stale:
+            self._by_hash.pop(self._keys.pop(key_id).hash, None)
+        for member_id in ancestry(OWNER):
+            if member_id not in self._members:
+                await self.add_member(member_id)
+        for member in self._members.values():
+            self._tell(member)
+
+    def subscribe(self, listener: Callable[[str, int], None]) -> None:
+        """Have `listener(member, weight)` called now for each member and at each change."""
+        self._listeners.append(listener)
+        for member in self._members.values():
+            listener(member.id, member.weight)
+
+    def authenticate(self, bearer: str | None, *, peer: str) -> Principal:
+        """Who asks with this key from this address. Raises Unauthenticated."""
+        if bearer is None or bearer == ANONYMOUS_KEY:
+            return self._anonymous(peer)
+        if len(bearer) > limits.KEY_CHARS_MAX:
+            raise Unauthenticated("That is not a key of this platform.")
+        key = self._by_hash.get(hash_key(bearer, pepper=self.pepper))
+        if key is None or not key.valid(self.clock.wall()):
+            raise Unauthenticated("This key is unknown, revoked or expired.")
+        return Principal(member=key.member, key=key.id, scope=key.scope, anonymous=False)
+
+    def _anonymous(self, peer: str) -> Principal:
+        if not self.anonymous:
+            message = "This platform wants a key: send 'Authorization: Bearer hf_...'."
+            raise Unauthenticated(message)
+        member = bucket_of(peer, pepper=self.pepper)
+        return Principal(member=member, key=None, scope=Scope.USE, anonymous=True)
+
+    def members(self) -> list[Member]:
+        """All members, by id."""
+        return sorted(self._members.values(), key=lambda member: member.id)
+
+    def weight(self, member: str) -> int:
+        """The member's weight among its siblings, in thousandths."""
+        known = self._members.get(member)
+        return _WEIGHT if known is None else known.weight
+
+    async def add_member(
+        self, member: str, *, weight: int = _WEIGHT, member_limits: Limits | None = None
+    ) -> Member:
+        """Add a member below one that exists. Raises InvalidField, NotFound, Conflict."""
+        path = ancestry(check_member_id(member))
+        if member in self._members:
+            raise Conflict(f"The member {member} exists already.", param="member")
+        if path[0] == ANONYMOUS:
+            raise Conflict("The anonymous member has no named members.", param="member")
+        if len(path) > 1 and path[-2] not in self._members:
+            raise NotFound(f"Add {path[-2]} first: a member's parent must exist.", param="member")
+        if len(self._members) >= limits.MEMBERS_MAX:
+            raise Overloaded(f"This platform holds at most {limits.MEMBERS_MAX} members.")
+        added = Member(
+            id=member,
+            weight=weight,
+            limits=member_limits or Limits(),
+            created_at=self.clock.wall(),
+        )
+        await self.store.put_member(added)
+        self._members[member] = added
+        self._accounts.pop((member, True), None)
+        self._accounts.pop((member, False), None)
+        self._tell(added)
+        return added
+
+    def keys(self, member: str | None = None) -> list[Key]:
+        """The keys of one member, or all, the oldest first."""
+        found = (key for key in self._keys.values() if member in (None, key.member))
+        return sorted(found, key=lambda key: (key.created_at, key.id))
+
+    async def create_key(
+        self,
+        member: str,
+        *,
+        label: str = "",
+        scope: Scope = Scope.USE,
+        lifetime_s: float | None = None,
+    ) -> tuple[str, Key]:
+        """Make a key; its text is returned here and never again. Raises NotFound, Overloaded."""
+        if member not in self._members or member == ANONYMOUS:
+            raise NotFound(f"There is no member {member}.", param="member")
+        if len(self._keys) >= limits.KEYS_MAX:
+            raise Overloaded(f"This platform holds at most {limits.KEYS_MAX} keys.")
+        text, wall = key_text(secrets.token_bytes(32)), self.clock.wall()
+        key = Key(
+            id="key_" + secrets.token_hex(6),
+            hash=hash_key(text, pepper=self.pepper),
+            member=member,
+            label=label,
+            scope=scope,
+            created_at=wall,
+            expires_at=None if lifetime_s is None else wall + lifetime_s,
+        )
+        await self.store.put_key(key)
+        self._remember(key)
+        return text, key
+
+    async def revoke_key(self, key_id: str) -> Key:
+        """Close a key for good; revoking it again changes nothing. Raises NotFound."""
+        key = self._keys.get(key_id)
+        if key is None:
+            raise NotFound(f"There is no key {key_id}.", param="key")
+        if key.revoked_at is None:
+            key = replace(key, revoked_at=self.clock.wall())
+            await self.store.put_key(key)
+            self._remember(key)
+        return key
+
+    def reserve(self, member: str, *, prompt_tokens: int, output_tokens_max: int) -> Reservation:
+        """Take a place for one request in the limits of the whole path, or raise LimitReached.
+
+        Tokens taken are the prompt's estimate and the shorter of the request's maximum and the
+        member's usual answer; `Reservation.settle` corrects them.
+        """
+        now = self.clock.now()
+        names = (*ancestry(member), member)
+        path = self._path(member)
+        tokens = prompt_tokens + min(output_tokens_max, round(path[-1].output_tokens))
+        for name, account in zip(names, path, strict=True):
+            account.allowance.check(_public_name(name), tokens=tokens, now=now)
+        for account in path:
+            account.allowance.take(tokens, now)
+        return Reservation(self, member, tokens, path)
+
+    def settle(
+        self, reservation: Reservation, *, prompt_tokens: int, completion_tokens: int
+    ) -> None:
+        """Correct a reservation to what its request took; called once, by the reservation."""
+        now, change = self.clock.now(), prompt_tokens + completion_tokens - reservation.tokens
+        path = reservation.accounts()
+        for account in path:
+            account.allowance.open -= 1
+            account.allowance.adjust(change, now)
+        leaf = path[-1]
+        leaf.output_tokens += _OUTPUT_MEMORY * (completion_tokens - leaf.output_tokens)
+        self._forget_idle(reservation.member, leaf)
+
+    def restore_day(self, member: str, tokens: int) -> None:
+        """After a restart: count `tokens` of the last day against the member's daily limit."""
+        for account in self._path(member):
+            bucket = account.allowance.day
+            if bucket is not None:
+                bucket.take(tokens, self.clock.now())
+
+    def limits_left(self, member: str) -> dict[str, str]:
+        """The x-ratelimit headers of this member's tightest limits."""
+        return self.headers(self._path(member))
+
+    def headers(self, path: tuple[_Account, ...]) -> dict[str, str]:
+        """The x-ratelimit headers for the tightest request and token limits on a path."""
+        now, headers = self.clock.now(), dict[str, str]()
+        rooms = [
+            (most - account.allowance.open, most)
+            for account in path
+            if (most := account.allowance.limits.in_flight_max) is not None
+        ]
+        if rooms:
+            remaining, most = min(rooms)
+            headers["x-ratelimit-limit-requests"] = str(most)
+            headers["x-ratelimit-remaining-requests"] = str(max(0, remaining))
+        buckets = [
+            (bucket.available(now) / bucket.limit, bucket)
+            for account in path
+            for bucket in (account.allowance.minute, account.allowance.day)
+            if bucket is not None
+        ]
+        if buckets:
+            _, bucket = min(buckets, key=lambda pair: pair[0])
+            headers["x-ratelimit-limit-tokens"] = str(bucket.limit)
+            headers["x-ratelimit-remaining-tokens"] = str(max(0, int(bucket.level)))
+            headers["x-ratelimit-reset-tokens"] = f"{bucket.wait_s(bucket.limit, now):.3f}s"
+        return headers
+
+    def _path(self, member: str) -> tuple[_Account, ...]:
+        """The accounts that one request of `member` counts in, its own one with defaults last."""
+        above = (self._account(each, leaf=False) for each in ancestry(member))
+        return (*above, self._account(member, leaf=True))
+
+    def _account(self, member: str, *, leaf: bool) -> _Account:
+        account = self._accounts.get((member, leaf))
+        if account is None:
+            account = _Account(Allowance(self._limits(member, leaf=leaf)))
+            self._accounts[member, leaf] = account
+        return account
+
+    def _limits(self, member: str, *, leaf: bool) -> Limits:
+        """A member's own limits, for itself and all below it; the settings' fill a leaf's gaps."""
+        known, settings = self._members.get(member), self.settings
+        own = Limits() if known is None else known.limits
+        if not leaf:
+            return own
+        return Limits(
+            in_flight_max=own.in_flight_max or settings.in_flight_max,
+            queued_max=own.queued_max or settings.queued_max,
+            tokens_per_minute=own.tokens_per_minute or settings.tokens_per_minute or None,
+            tokens_per_day=own.tokens_per_day or settings.tokens_per_day or None,
+        )
+
+    def _forget_idle(self, member: str, account: _Account) -> None:
+        """An anonymous bucket without limits over time leaves nothing behind when it is idle."""
+        allowance = account.allowance
+        lasting = allowance.minute is not None or allowance.day is not None
+        if not allowance.open and not lasting and member not in self._members:
+            self._accounts.pop((member, True), None)
+            self._accounts.pop((member, False), None)
+
+    def _remember(self, key: Key) -> None:
+        self._keys[key.id] = key
+        if key.revoked_at is None:
+            self._by_hash[key.hash] = key
+        else:
+            self._by_hash.pop(key.hash, None)
+
+    def _tell(self, member: Member) -> None:
+        for listener in self._listeners:
+            listener(member.id, member.weight)
+
+
+def _public_name(member: str) -> str:
+    """A member's name in messages; an anonymous bucket's number is nobody's business."""
+    return "Anonymous use from your network" if member.startswith(ANONYMOUS) else member
