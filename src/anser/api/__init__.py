@@ -1,0 +1,1 @@
+"""Dialects: decode bytes, call one service, encode."""

@@ -1,0 +1,209 @@
+"""Who is asking: the key in a request's head, the place it came from, and guessing made slow.
+
+Theory of operation. A key is one dict look-up in Members. Guessing is counted by source network
+(IPv4 /24, IPv6 /64): after FAILURES_MAX wrong keys within WINDOW_S every key from there is refused
+alike, right or wrong, so that guessing learns nothing; a key that has been right from the same
+network before goes on being served, so that one guesser locks out nobody who shares its network.
+Addresses are those of the connection: no header that a client could forge is believed. Requests
+without a key are not guesses, and a Unix socket has no network.
+
+A request without a key from a web page of another site is refused: a visitor's browser must not
+spend the machine that it runs on.
+
+Invariants: both tables are bounded, the longest unused entry goes first.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import lru_cache
+from ipaddress import ip_address
+
+from starlette.types import Scope as ConnectionScope
+
+from anser.api.exchange import Exchange
+from anser.core.errors import Forbidden, LimitReached, Unauthenticated
+from anser.core.members import Scope
+from anser.ports import Clock
+from anser.services.members import OWNER, Members, Principal
+
+__all__ = [
+    "FAILURES_MAX",
+    "OWN_SOCKET",
+    "WINDOW_S",
+    "Doorkeeper",
+    "bearer_of",
+    "check_site",
+    "network_of",
+    "on_own_socket",
+]
+
+OWN_SOCKET = Principal(member=OWNER, key=None, scope=Scope.OPERATE, anonymous=False)
+"""Who asks on the Unix socket."""
+FAILURES_MAX = 20
+WINDOW_S = 60.0
+_NETWORKS_MAX = 4_096
+_FAMILIAR_MAX = 65_536
+
+
+@dataclass(slots=True)
+class _Window:
+    """Wrong keys from one network since `opened_at`."""
+
+    opened_at: float
+    failures: int = 0
+
+
+@dataclass(slots=True)
+class Doorkeeper:
+    """Lets members in, and keeps out whoever tries keys."""
+
+    members: Members
+    clock: Clock
+    _windows: OrderedDict[str, _Window] = field(default_factory=OrderedDict[str, _Window])
+    _familiar: OrderedDict[tuple[str, str], None] = field(
+        default_factory=OrderedDict[tuple[str, str], None]
+    )
+
+    def __repr__(self) -> str:
+        return f"<Doorkeeper networks={len(self._windows)} familiar={len(self._familiar)}>"
+
+    def validate(self) -> None:
+        """Assert the invariants: the tables are within their bounds."""
+        assert len(self._windows) <= _NETWORKS_MAX
+        assert len(self._familiar) <= _FAMILIAR_MAX
+        assert all(window.failures > 0 for window in self._windows.values())
+
+    def admit(self, exchange: Exchange) -> Principal:
+        """The member who asks; on the platform's own socket, its owner.
+
+        Raises Unauthenticated, Forbidden, LimitReached.
+        """
+        if on_own_socket(exchange.scope):
+            return OWN_SOCKET
+        bearer = bearer_of(exchange.header)
+        principal = self.authenticate(bearer, peer=exchange.peer)
+        if principal.anonymous:
+            check_site(exchange.header, on_loopback=_is_loopback(exchange.peer))
+        return principal
+
+    def authenticate(self, bearer: str | None, *, peer: str) -> Principal:
+        """The member that this key opens, asked from `peer`. Raises as `admit` does."""
+        network = network_of(peer)
+        locked = bearer is not None and self._locked(network)
+        try:
+            principal = self.members.authenticate(bearer, peer=peer)
+        except Unauthenticated:
+            if bearer is not None and network:
+                self._note_failure(network)
+            if locked:
+                raise self._refusal(network) from None
+            raise
+        if principal.key is not None and network:
+            if locked and (network, principal.key) not in self._familiar:
+                raise self._refusal(network)
+            self._note_success(network, principal.key)
+        return principal
+
+    def _locked(self, network: str) -> bool:
+        window = self._windows.get(network)
+        if window is None:
+            return False
+        if self.clock.now() - window.opened_at >= WINDOW_S:
+            del self._windows[network]
+            return False
+        return window.failures >= FAILURES_MAX
+
+    def _note_failure(self, network: str) -> None:
+        window = self._windows.setdefault(network, _Window(self.clock.now()))
+        window.failures += 1
+        self._windows.move_to_end(network)
+        if len(self._windows) > _NETWORKS_MAX:
+            self._windows.popitem(last=False)
+
+    def _note_success(self, network: str, key: str) -> None:
+        self._familiar[network, key] = None
+        self._familiar.move_to_end((network, key))
+        if len(self._familiar) > _FAMILIAR_MAX:
+            self._familiar.popitem(last=False)
+
+    def _refusal(self, network: str) -> LimitReached:
+        window = self._windows[network]
+        wait_s = WINDOW_S - (self.clock.now() - window.opened_at)
+        message = "Too many wrong keys from your network; try again later."
+        return LimitReached(message, retry_after_s=wait_s)
+
+
+def bearer_of(header: Callable[[bytes], str | None]) -> str | None:
+    """The key of a request, from `authorization: Bearer` or `x-api-key`. Raises Unauthenticated."""
+    value = header(b"authorization")
+    if value is None:
+        return header(b"x-api-key")
+    scheme, _, key = value.partition(" ")
+    if scheme.lower() != "bearer" or not key.strip():
+        raise Unauthenticated("Send the key as 'Authorization: Bearer hf_...'.")
+    return key.strip()
+
+
+def on_own_socket(scope: ConnectionScope) -> bool:
+    """Whether this came over the Unix socket, which the platform's owner alone can open.
+
+    The listening side tells: a TCP client that has already hung up has no address either.
+    """
+    server = scope.get("server")
+    return scope.get("client") is None and server is not None and server[1] is None
+
+
+def check_site(header: Callable[[bytes], str | None], *, on_loopback: bool) -> None:
+    """Raise Forbidden if a browser sends this for a page that is not the platform's own.
+
+    On loopback the host must also be spelled as one: a name could be any site's, pointed here.
+    """
+    host = header(b"host") or ""
+    origin = header(b"origin")
+    if origin is not None and origin.lower().partition("://")[2] != host.lower():
+        raise Forbidden("Another site's page needs a key to ask here.")
+    if header(b"sec-fetch-site") in ("cross-site", "same-site"):
+        raise Forbidden("Another site's page needs a key to ask here.")
+    if on_loopback and origin is not None and not _names_loopback(host):
+        raise Forbidden("Open this platform as localhost, or send a key.")
+
+
+def _names_loopback(host: str) -> bool:
+    name = host.lower().rpartition(":")[0] or host.lower()
+    return name == "localhost" or name.endswith(".localhost") or _is_address(name.strip("[]"))
+
+
+def _is_address(text: str) -> bool:
+    try:
+        ip_address(text)
+    except ValueError:
+        return False
+    return True
+
+
+@lru_cache(maxsize=4_096)
+def network_of(peer: str) -> str:
+    """The network that guesses are counted by: IPv4 /24, IPv6 /64; empty without an address.
+
+    >>> network_of("192.0.2.77"), network_of("::ffff:192.0.2.9"), network_of("2001:db8::1")
+    ('192.0.2', '192.0.2', '2001:0db8:0000:0000')
+    """
+    try:
+        ip = ip_address(peer.partition("%")[0])
+    except ValueError:
+        return ""
+    ip = getattr(ip, "ipv4_mapped", None) or ip
+    if ip.version == 4:
+        return str(ip).rpartition(".")[0]
+    return ip.exploded[:19]
+
+
+@lru_cache(maxsize=4_096)
+def _is_loopback(peer: str) -> bool:
+    try:
+        return ip_address(peer.partition("%")[0]).is_loopback
+    except ValueError:
+        return False

@@ -1,0 +1,95 @@
+"""JSON from a client, read strictly: bounded depth, no duplicate keys, nothing that is not JSON.
+
+Theory of operation. msgspec refuses NaN, numbers out of range, lone surrogates and bytes that are
+not UTF-8. What it does not see is read off the text's *skeleton*, its brackets, colons and commas
+outside of strings: its length bounds the number of values; pairs of brackets are taken away from
+the inside out, once for each level of depth; and there are as many colons as the decoded objects
+have keys, unless a key came twice.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import cast
+
+import msgspec
+
+from anser.api.errors import echo
+from anser.core.errors import InvalidField, RequestError
+from anser.core.limits import JSON_DEPTH_MAX, JSON_MARKS_MAX
+
+__all__ = ["decode_object", "depth_exceeds"]
+
+_SQUARE = bytes.maketrans(b"{}", b"[]")
+_NOT_SKELETON = bytes(set(range(256)) - set(b"{}[]:,"))
+
+
+def decode_object(text: bytes) -> dict[str, object]:
+    """The JSON object in `text`. Raises RequestError or InvalidField."""
+    skeleton = _skeleton(text)
+    if depth_exceeds(skeleton.translate(None, b":,"), JSON_DEPTH_MAX):
+        raise RequestError(f"The body's JSON is nested deeper than {JSON_DEPTH_MAX} levels.")
+    try:
+        value = msgspec.json.decode(text)
+    except msgspec.MsgspecError as error:
+        raise RequestError(f"The body is not JSON: {error}.") from None
+    except UnicodeDecodeError:
+        raise RequestError("The body is not UTF-8.") from None
+    if not isinstance(value, dict):
+        raise RequestError("The body is not a JSON object.")
+    found = cast("dict[str, object]", value)
+    if skeleton.count(b":") != _count_keys(found):
+        name = _duplicate(text)
+        raise InvalidField(f"The key {echo(name)} is there twice.", param=name)
+    return found
+
+
+def depth_exceeds(brackets: bytes, depth_max: int) -> bool:
+    """Whether `brackets`, all of them square, nest deeper than `depth_max`; linear in each level.
+
+    >>> depth_exceeds(b"[[][]]", 1), depth_exceeds(b"[[][]]", 2), depth_exceeds(b"[[[", 2)
+    (True, False, True)
+    """
+    for _ in range(depth_max):
+        shorter = brackets.replace(b"[]", b"")
+        if len(shorter) == len(brackets):
+            break
+        brackets = shorter
+    return b"[]" in brackets or brackets.count(b"[") > depth_max
+
+
+def _skeleton(text: bytes) -> bytes:
+    """Brackets (made square), colons and commas outside of strings. Raises RequestError."""
+    if b"\\" in text:
+        text = text.replace(b"\\\\", b"").replace(b'\\"', b"")
+    quotes = text.count(b'"')
+    if quotes <= 2 * JSON_MARKS_MAX:
+        skeleton = b"".join(text.split(b'"')[::2]).translate(_SQUARE, _NOT_SKELETON)
+        if len(skeleton) <= JSON_MARKS_MAX:
+            return skeleton
+    raise RequestError(f"The body has more than {JSON_MARKS_MAX} values.")
+
+
+def _count_keys(value: object) -> int:
+    if isinstance(value, dict):
+        entries = cast("dict[str, object]", value)
+        return len(entries) + sum(map(_count_keys, entries.values()))
+    if isinstance(value, list):
+        return sum(map(_count_keys, cast("list[object]", value)))
+    return 0
+
+
+def _duplicate(text: bytes) -> str:
+    """The first key that some object of `text` has twice."""
+    found: list[str] = []
+
+    def note(pairs: list[tuple[str, object]]) -> None:
+        seen: set[str] = set()
+        for key, _ in pairs:
+            if key in seen:
+                found.append(key)
+            seen.add(key)
+
+    json.loads(text, object_pairs_hook=note)
+    assert found, "fewer keys than colons, yet none twice"
+    return found[0]

@@ -1,0 +1,244 @@
+"""From a body to demands: one for each answer, within bounds, with the engines' own fields only."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import msgspec
+
+from anser.api.checks import check_fields
+from anser.api.context import Services
+from anser.api.fields import (
+    CHAT_FORWARDED,
+    COMPLETION_FORWARDED,
+    EXTRA,
+    ChatFields,
+    CompletionFields,
+    Generation,
+)
+from anser.api.messages import engine_message
+from anser.api.models import Served, served
+from anser.api.tools import engine_format, engine_tools
+from anser.core.errors import ContextTooLong, InvalidField, UnknownField
+from anser.core.limits import ANSWERS_MAX
+from anser.core.sampling import HINTS, sampling_fields
+from anser.ports import Route
+from anser.services.gateway import Demand
+
+__all__ = ["Asked", "Asker", "ask_chat", "ask_completion", "estimate_tokens", "plain_texts"]
+
+_BYTES_PER_TOKEN = 4
+_CHARS_PER_TOKEN_MAX = 256  # the longest entries of vocabularies in use are half as long
+_COMPLETION_TOKENS_DEFAULT = 16  # as OpenAI documents it for /v1/completions
+_ROOM_MIN = 16  # a default maximum is never made smaller than this
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Asker:
+    """Who asks, of what platform, under which request identifier."""
+
+    services: Services
+    member: str
+    request_id: str
+
+    @property
+    def drops_unknown(self) -> bool:
+        """Whether unknown fields are dropped instead of refused."""
+        return self.services.config.gateway.unknown_fields == "drop"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Asked:
+    """What a caller wants; `answers_per_prompt` consecutive demands share one prompt."""
+
+    demands: tuple[Demand, ...]
+    answers_per_prompt: int
+    stream: bool
+    include_usage: bool
+    text_logprobs: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Prompt:
+    """One prompt in an engine's body, and the number of characters a tokenizer will see."""
+
+    body: dict[str, object]
+    chars: int
+
+
+def estimate_tokens(size_bytes: int) -> int:
+    """A prompt's tokens before any tokenizer has seen it: a quarter of its bytes, rounded up."""
+    return -(-size_bytes // _BYTES_PER_TOKEN)
+
+
+def ask_chat(asker: Asker, body: dict[str, object]) -> Asked:
+    """The demands of a /v1/chat/completions body. Raises RequestError, NoNode."""
+    fields = check_fields(body, ChatFields, drop_unknown=asker.drops_unknown)
+    _check_logprobs(fields)
+    messages = [engine_message(message) for message in fields.messages]
+    _check_answers(messages)
+    prompt = _Prompt(
+        body={
+            "messages": messages,
+            **engine_tools(fields.tools, fields.tool_choice),
+            **engine_format(fields.response_format),
+        },
+        chars=sum(len(str(message.get("content", ""))) for message in messages),
+    )
+    setting = asker.services.config.gateway.completion_tokens_default
+    job = _Job(asker, Route.CHAT, fields, _chat_maximum(fields), setting)
+    return job.asked((prompt,), CHAT_FORWARDED)
+
+
+def ask_completion(asker: Asker, body: dict[str, object]) -> Asked:
+    """The demands of a /v1/completions body. Raises RequestError, NoNode."""
+    fields = check_fields(body, CompletionFields, drop_unknown=asker.drops_unknown)
+    _check_completion(fields)
+    texts = plain_texts(fields.prompt, param="prompt")
+    if len(texts) * (fields.n or 1) > ANSWERS_MAX:
+        message = f"One request makes at most {ANSWERS_MAX} answers."
+        raise InvalidField(message, param="prompt")
+    prompts = tuple(_Prompt(body={"prompt": text}, chars=len(text)) for text in texts)
+    job = _Job(asker, Route.COMPLETIONS, fields, fields.max_tokens, _COMPLETION_TOKENS_DEFAULT)
+    return job.asked(prompts, COMPLETION_FORWARDED)
+
+
+def plain_texts(value: str | list[str | int | list[int]], *, param: str) -> tuple[str, ...]:
+    """One or many texts, none of them empty. Raises InvalidField for token identifiers."""
+    texts: list[str] = []
+    for index, text in enumerate([value] if isinstance(value, str) else value):
+        path = param if isinstance(value, str) else f"{param}[{index}]"
+        if not isinstance(text, str):
+            message = f"`{path}`: send text; token identifiers differ from node to node."
+            raise InvalidField(message, param=path)
+        if not text:
+            raise InvalidField(f"`{path}` is empty.", param=path)
+        texts.append(text)
+    return tuple(texts)
+
+
+@dataclass(frozen=True, slots=True)
+class _Job:
+    """A checked body on its way to demands."""
+
+    asker: Asker
+    route: Route
+    fields: Generation
+    maximum: int | None  # of tokens of each answer, if the caller names one
+    default: int
+
+    def asked(self, prompts: tuple[_Prompt, ...], forwarded: frozenset[str]) -> Asked:
+        """One demand for each answer to each prompt."""
+        fields = self.fields
+        model = served(self.asker.services, fields.model)
+        common = self._forward(forwarded) | self._forward_extra(model)
+        options = fields.stream_options
+        if options is not None and not fields.stream:
+            message = "`stream_options` is for streams: set `stream` to true."
+            raise InvalidField(message, param="stream_options")
+        return Asked(
+            demands=tuple(self._demands(prompts, common, model)),
+            answers_per_prompt=fields.n or 1,
+            stream=bool(fields.stream),
+            include_usage=options is not None and bool(options.include_usage),
+            text_logprobs=isinstance(fields, CompletionFields) and fields.logprobs is not None,
+        )
+
+    def _demands(
+        self, prompts: tuple[_Prompt, ...], common: dict[str, object], model: Served
+    ) -> Iterator[Demand]:
+        each = self.fields.n or 1
+        total = len(prompts) * each
+        for index in range(total):
+            prompt = prompts[index // each]
+            size_bytes = len(msgspec.json.encode(prompt.body))
+            tokens = estimate_tokens(size_bytes)
+            maximum = self._maximum(prompt, tokens, model)
+            body = {**common, **prompt.body, "max_tokens": maximum}
+            if self.fields.seed is not None:
+                body["seed"] = _seed(self.fields.seed, index)
+            yield Demand(
+                id=self.asker.request_id if total == 1 else f"{self.asker.request_id}-{index}",
+                member=self.asker.member,
+                route=self.route,
+                model=model.model,
+                body=body,
+                prompt_tokens=tokens,
+                prompt_bytes=size_bytes,
+                output_tokens_max=maximum,
+            )
+
+    def _maximum(self, prompt: _Prompt, tokens: int, model: Served) -> int:
+        """The longest answer, in tokens. Raises ContextTooLong where the excess is certain."""
+        context = model.context_tokens
+        if context is None:
+            return self.maximum or self.default
+        least = max(1, prompt.chars // _CHARS_PER_TOKEN_MAX)
+        if least + (self.maximum or 1) > context:
+            raise _too_long(context, least, self.maximum)
+        return self.maximum or min(self.default, max(_ROOM_MIN, context - tokens), context)
+
+    def _forward(self, forwarded: frozenset[str]) -> dict[str, object]:
+        """The fields that reach an engine as they came."""
+        found: dict[str, object] = {}
+        for name in forwarded:
+            value = getattr(self.fields, name)
+            if value is not None:
+                found[name] = value
+        return found
+
+    def _forward_extra(self, model: Served) -> dict[str, object]:
+        """The fields beyond OpenAI's. Raises UnknownField for what not all engines read."""
+        found = self._forward(EXTRA)
+        for name in found.keys() - sampling_fields(model.kinds):
+            del found[name]
+            if name not in HINTS and not self.asker.drops_unknown:
+                kinds = ", ".join(sorted(kind.value for kind in model.kinds))
+                message = f"Not every engine that serves {model.model} reads {name} ({kinds})."
+                raise UnknownField(message, param=name)
+        return found
+
+
+def _check_logprobs(fields: ChatFields) -> None:
+    if fields.top_logprobs is not None and not fields.logprobs:
+        message = "`top_logprobs` needs `logprobs` to be true."
+        raise InvalidField(message, param="top_logprobs")
+
+
+def _check_answers(messages: list[dict[str, object]]) -> None:
+    for index, message in enumerate(messages):
+        if "content" not in message and "tool_calls" not in message:
+            path = f"messages[{index}].content"
+            raise InvalidField(f"`{path}` is required without tool calls.", param=path)
+
+
+def _check_completion(fields: CompletionFields) -> None:
+    if fields.echo:
+        raise InvalidField("`echo`: the prompt is not sent back.", param="echo")
+    if fields.suffix is not None:
+        raise InvalidField("`suffix`: text is not inserted here.", param="suffix")
+    if fields.best_of is not None and fields.best_of != (fields.n or 1):
+        message = "`best_of` must be `n`: every answer that is made is returned."
+        raise InvalidField(message, param="best_of")
+
+
+def _chat_maximum(fields: ChatFields) -> int | None:
+    old, new = fields.max_tokens, fields.max_completion_tokens
+    if old is not None and new is not None and old != new:
+        message = "`max_tokens` and `max_completion_tokens` differ: send one of them."
+        raise InvalidField(message, param="max_tokens")
+    return old if new is None else new
+
+
+def _seed(seed: int, index: int) -> int:
+    """A seed of its own for each answer, within 64 bits; the first answer's is the caller's."""
+    return seed if index == 0 else (seed + index) % 2**63
+
+
+def _too_long(context: int, prompt_tokens: int, maximum: int | None) -> ContextTooLong:
+    counts = f"at least {prompt_tokens} for the prompt"
+    if maximum is not None:
+        counts += f", {maximum} for the answer"
+    message = f"This model's maximum context length is {context} tokens; you asked for {counts}."
+    return ContextTooLong(message, param="messages" if maximum is None else "max_tokens")

@@ -1,0 +1,97 @@
+"""`/v1/models`: what can be asked for here, and who serves it."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from difflib import get_close_matches
+
+import msgspec
+
+from anser.api.context import Services
+from anser.api.errors import echo
+from anser.api.exchange import Exchange
+from anser.core.errors import ModelNotFound, NoNode
+from anser.core.fleet import EngineKind, NodeState, Offer
+from anser.services.members import Principal
+
+__all__ = ["Served", "list_models", "served", "show_model"]
+
+_PREFIX = "/v1/models/"
+_NEAR_MAX = 3
+_NEAR_CHARS_MAX = 128  # comparing longer names costs more than it helps
+_RETRY_AFTER_S = 10.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Served:
+    """A model as a request meets it: the longest context that some node has, if all tell."""
+
+    model: str
+    context_tokens: int | None
+    kinds: frozenset[EngineKind]
+
+
+def served(services: Services, model: str) -> Served:
+    """What serves `model`. Raises ModelNotFound with near names, or NoNode."""
+    models = services.fleet.models()
+    offers = models.get(model)
+    if not offers:
+        if any(known.id == model for known in services.hub.models()):
+            message = f"No node serves {model} now."
+            raise NoNode(message, param="model", retry_after_s=_RETRY_AFTER_S)
+        raise _not_found(model, models.keys())
+    contexts = [offer.context_tokens for offer in offers if offer.context_tokens is not None]
+    return Served(
+        model=model,
+        context_tokens=max(contexts) if len(contexts) == len(offers) else None,
+        kinds=frozenset(offer.engine for offer in offers),
+    )
+
+
+def _not_found(model: str, known: Collection[str]) -> ModelNotFound:
+    message = f"There is no model {echo(model)} here."
+    near = get_close_matches(model[:_NEAR_CHARS_MAX], known, n=_NEAR_MAX, cutoff=0.5)
+    if near:
+        message += f" Near names: {', '.join(near)}."
+    elif known:
+        message += " GET /v1/models lists what there is."
+    return ModelNotFound(message, param="model")
+
+
+async def list_models(exchange: Exchange, _: Principal) -> None:
+    """GET /v1/models."""
+    services = exchange.services
+    rows = [
+        _row(services, model, offers) for model, offers in sorted(services.fleet.models().items())
+    ]
+    await exchange.reply(200, msgspec.json.encode({"object": "list", "data": rows}))
+
+
+async def show_model(exchange: Exchange, _: Principal) -> None:
+    """GET /v1/models/{model}. Raises ModelNotFound."""
+    services, model = exchange.services, exchange.scope["path"].removeprefix(_PREFIX)
+    models = services.fleet.models()
+    if model not in models:
+        raise _not_found(model, models.keys())
+    await exchange.reply(200, msgspec.json.encode(_row(services, model, models[model])))
+
+
+def _row(services: Services, model: str, offers: tuple[Offer, ...]) -> dict[str, object]:
+    """OpenAI's four fields, and what people want to know besides."""
+    known = next((each for each in services.hub.models() if each.id == model), None)
+    contexts = [offer.context_tokens for offer in offers if offer.context_tokens is not None]
+    states = [services.fleet.status(offer.node).state for offer in offers]
+    row: dict[str, object] = {
+        "id": model,
+        "object": "model",
+        "created": 0,  # nobody knows when an engine's model was made
+        "owned_by": "anser",
+        "context_length": max(contexts, default=None),
+        "nodes": len(offers),
+        "ready": NodeState.UP in states,
+        "engines": sorted({offer.engine.value for offer in offers}),
+    }
+    if known is not None:
+        row |= {"title": known.title, "licence": known.licence, "sha256": known.file.sha256}
+    return row
