@@ -1,0 +1,1 @@
+"""The command line: parse, call the platform, print. A command loads only what it needs."""

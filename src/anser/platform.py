@@ -1,0 +1,284 @@
+"""The composition root: one Config becomes adapters, services and applications.
+
+Theory of operation. `open_platform` owns everything through one exit stack and one task group: the
+data folder's lock first, then the store, the services' loops, and last the engine, which loads
+while requests already queue. Leaving closes in the opposite order, the ledger after whatever still
+writes receipts. `serve` adds the sockets: the public one, the admin one in the data folder, and a
+separate admin listener if one is set.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import AsyncGenerator, Callable
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import structlog
+from starlette.types import ASGIApp
+
+from anser.adapters.blobs import DiskBlobs
+from anser.adapters.clock import SystemClock
+from anser.adapters.datadir import DataDir
+from anser.adapters.engine_http import HttpEngine
+from anser.adapters.engine_llamacpp import LlamaCppEngine
+from anser.adapters.mirrors import mirrors_for
+from anser.adapters.process import harden, open_files_max
+from anser.adapters.signer import KeyFileSigner
+from anser.adapters.sqlite import SqliteStore
+from anser.api.app import admin_app, public_app
+from anser.api.context import Services
+from anser.config import Config, split_address
+from anser.core.errors import AnserError, ConfigError
+from anser.core.fleet import Node
+from anser.core.hub import Model
+from anser.core.limits import CONNECTIONS_MAX, FILES_RESERVED, RETRIES_MAX
+from anser.core.scheduler import Scheduler
+from anser.ports import Engine, Progress
+from anser.services.fleet import Fleet
+from anser.services.gateway import Gateway
+from anser.services.hub import Hub
+from anser.services.ledger import Ledger
+from anser.services.members import OWNER, Members
+from anser.wire.doors import Door, StopSignals, is_loopback, listen, listen_unix, url_of
+from anser.wire.server import GuardSettings
+
+__all__ = ["BUILTIN", "Listening", "Platform", "open_platform", "serve"]
+
+BUILTIN = "builtin"
+_DAY_MS = 86_400_000
+_START_KEY_LIFETIME_S = 30 * 86_400.0
+_log = structlog.get_logger("anser")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Platform:
+    """A platform without sockets: its services, and the applications that speak for them."""
+
+    services: Services
+    public_app: ASGIApp
+    admin_app: ASGIApp
+    data_dir: DataDir
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Listening:
+    """Where a platform that serves is reached; `key` is fresh and shown nowhere else."""
+
+    url: str
+    admin_socket: Path
+    admin_url: str | None
+    key: str | None
+    model: str | None
+    anonymous: bool
+
+
+@asynccontextmanager
+async def open_platform(
+    config: Config, *, engine: bool = True, progress: Progress | None = None
+) -> AsyncGenerator[Platform]:
+    """Open the data folder and all services. Raises ConfigError, StoreError.
+
+    With `engine`, the built-in engine is fetched and loaded in the background.
+    """
+    async with AsyncExitStack() as stack:
+        folder = stack.enter_context(DataDir.open(config.data_dir))
+        store = await stack.enter_async_context(SqliteStore.open(folder.store))
+        clock = SystemClock()
+        members = Members(store, clock, folder.pepper(), config.members, _anonymous(config))
+        await members.load()
+        fleet = Fleet(store, clock, config.gateway, _engine_for)
+        await fleet.load()
+        stack.push_async_callback(fleet.aclose)
+        ledger = Ledger(store, KeyFileSigner.open(folder.signing_key), clock)
+        hub = Hub(mirrors_for(config.engine.mirrors), DiskBlobs(folder.path / "blobs"))
+        services = Services(
+            config=config,
+            clock=clock,
+            members=members,
+            fleet=fleet,
+            gateway=_gateway(config, clock, members, fleet, ledger, hub),
+            ledger=ledger,
+            hub=hub,
+        )
+        await _restore_days(services)
+        await stack.enter_async_context(_loops(services))
+        if engine and config.engine.enabled:
+            await stack.enter_async_context(_builtin(services, progress))
+        yield Platform(
+            services=services,
+            public_app=public_app(services),
+            admin_app=admin_app(services),
+            data_dir=folder,
+        )
+
+
+def _gateway(
+    config: Config, clock: SystemClock, members: Members, fleet: Fleet, ledger: Ledger, hub: Hub
+) -> Gateway:
+    return Gateway(
+        scheduler=Scheduler(config.gateway.queued_max, RETRIES_MAX),
+        members=members,
+        fleet=fleet,
+        ledger=ledger,
+        clock=clock,
+        settings=config.gateway,
+        factor_of=hub.factor_milli,
+    )
+
+
+def _anonymous(config: Config) -> bool:
+    """Whether use without a key is allowed: a setting, by default on loopback only."""
+    wish = config.members.anonymous
+    return wish == "on" or (wish == "auto" and is_loopback(config.server.host))
+
+
+def _engine_for(node: Node) -> Engine:
+    return HttpEngine(node)
+
+
+async def _restore_days(services: Services) -> None:
+    """Count what was used in the last day, so that a restart gives nobody a fresh daily limit."""
+    now_ms = int(services.clock.wall() * 1_000)
+    since_ms, until_ms = now_ms - _DAY_MS, now_ms + _DAY_MS  # the clock may have been set back
+    rows = await services.ledger.usage(since_ms=since_ms, until_ms=until_ms, member=None)
+    for row in rows:
+        services.members.restore_day(row.member, row.prompt_tokens + row.completion_tokens)
+
+
+@asynccontextmanager
+async def _loops(services: Services) -> AsyncGenerator[None]:
+    """The services' own loops: probing while open, receipts until the last one is written."""
+    async with asyncio.TaskGroup() as tasks:
+        tasks.create_task(services.ledger.run())
+        probing = tasks.create_task(services.fleet.run())
+        try:
+            yield
+        finally:
+            probing.cancel()
+            await services.ledger.aclose()
+
+
+@asynccontextmanager
+async def _builtin(services: Services, progress: Progress | None) -> AsyncGenerator[None]:
+    """The engine of this process as a node; it is known at once and serves when it has loaded."""
+    settings = services.config.engine
+    model = services.hub.resolve(settings.model)
+    if model.file.path is not None and services.hub.find(model) is None:
+        raise ConfigError(f"engine.model: there is no file {model.file.path}.")
+    engine = LlamaCppEngine(model.id, settings)
+    node = Node(id=BUILTIN, url="builtin:", model=model.id, slots=settings.slots)
+    services.fleet.attach(node, engine)
+    async with asyncio.TaskGroup() as tasks:
+        loading = tasks.create_task(_load(services, engine, model, progress))
+        try:
+            yield
+        finally:
+            loading.cancel()
+            await engine.aclose()
+
+
+async def _load(
+    services: Services, engine: LlamaCppEngine, model: Model, progress: Progress | None
+) -> None:
+    """Fetch and load the model; a failure is the node's state, not the platform's end."""
+    try:
+        path = await services.hub.ensure(model, progress or _silent)
+        await engine.start(path)
+    except AnserError as error:
+        _log.error("the built-in engine cannot serve", model=model.id, reason=error.message)
+        await engine.fail(error)
+
+
+def _silent(_done: int, _total: int | None) -> None:
+    """Progress that nobody watches."""
+
+
+async def serve(
+    config: Config,
+    *,
+    announce: Callable[[Listening], None],
+    progress: Progress | None = None,
+    mint_key: bool = True,
+    stopping: Callable[[], None] | None = None,
+) -> None:
+    """Serve until SIGINT or SIGTERM, then finish what runs; a second signal makes it quick.
+
+    `announce` is called once, when all sockets are open, and `stopping` at the first signal.
+    Raises ConfigError, StoreError.
+    """
+    harden()
+    async with AsyncExitStack() as stack:
+        stop = stack.enter_context(StopSignals.watched())
+        public = stack.enter_context(listen(config.server.host, config.server.port))
+        platform = await stack.enter_async_context(open_platform(config, progress=progress))
+        guard = _guard(config)
+        doors = [Door(platform.public_app, public, guard)]
+        inner = stack.enter_context(listen_unix(platform.data_dir.socket))
+        doors.append(Door(platform.admin_app, inner, guard))
+        if config.server.admin_listen:
+            outer = stack.enter_context(listen(*split_address(config.server.admin_listen)))
+            doors.append(Door(platform.admin_app, outer, guard))
+        listening = await _listening(platform, public, mint_key=mint_key)
+        async with asyncio.TaskGroup() as tasks:
+            for door in doors:
+                tasks.create_task(door.serve())
+            for door in doors:
+                await door.opened.wait()
+            announce(listening)
+            await stop.first.wait()
+            if stopping is not None:
+                stopping()
+            await _drain(platform, stop, config.server.drain_s)
+            for door in doors:
+                door.close(quickly=stop.second.is_set())
+
+
+def _guard(config: Config) -> GuardSettings:
+    """What one socket takes from clients, as the operator set it."""
+    server = config.server
+    return GuardSettings(
+        head_bytes_max=server.head_bytes_max,
+        head_timeout_s=server.head_timeout_s,
+        body_timeout_s=server.body_timeout_s,
+        write_timeout_s=server.write_timeout_s,
+        connections_max=_connections_max(open_files_max()),
+    )
+
+
+def _connections_max(files_max: int) -> int:
+    """Of each client's connection and one to a node for it, as many as there are files for."""
+    return min(CONNECTIONS_MAX, max(1, (files_max - FILES_RESERVED) // 2))
+
+
+async def _listening(platform: Platform, public: socket.socket, *, mint_key: bool) -> Listening:
+    config, members = platform.services.config, platform.services.members
+    key = None
+    if mint_key:
+        key, _ = await members.create_key(OWNER, label="start", lifetime_s=_START_KEY_LIFETIME_S)
+    model = platform.services.hub.resolve(config.engine.model).id
+    return Listening(
+        url=url_of(public),
+        admin_socket=platform.data_dir.socket,
+        admin_url=config.server.admin_listen or None,
+        key=key,
+        model=model if config.engine.enabled else None,
+        anonymous=members.anonymous,
+    )
+
+
+async def _drain(platform: Platform, stop: StopSignals, seconds: float) -> None:
+    """Admit nothing new, and let what runs finish: until idle, `seconds`, or a second signal."""
+    gateway = platform.services.gateway
+    gateway.drain()
+    with suppress(TimeoutError):
+        async with asyncio.timeout(seconds), asyncio.TaskGroup() as tasks:
+            waits = {
+                tasks.create_task(gateway.empty.wait()),
+                tasks.create_task(stop.second.wait()),
+            }
+            await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+            for wait in waits:
+                wait.cancel()
