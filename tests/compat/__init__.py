@@ -1,0 +1,1 @@
+"""Official SDKs, unmodified, against `anser serve` with the real model."""

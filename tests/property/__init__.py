@@ -1,0 +1,1 @@
+"""Hypothesis: whatever comes, the invariants hold."""

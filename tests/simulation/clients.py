@@ -1,0 +1,157 @@
+"""The clients: what each did, what it got, and what its receipt must therefore say."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from anser.core.errors import (
+    AnserError,
+    EngineError,
+    LimitReached,
+    ModelNotFound,
+    NoNode,
+    Overloaded,
+    StoreError,
+)
+from anser.core.ledger import Outcome, Receipt, Usage
+from anser.ports import Route
+from anser.services.gateway import Demand, Gateway
+from tests.simulation.plan import Behaviour, ClientPlan
+
+__all__ = ["Client"]
+
+_REFUSED = (LimitReached, ModelNotFound, NoNode, Overloaded)  # before admission: no receipt
+
+
+@dataclass
+class Client:
+    """One request from its client's side."""
+
+    plan: ClientPlan
+    tell: Callable[[str], None]
+    receipted: Callable[[str], bool]  # whether its receipt is durable now
+    asked: bool = False
+    text: str = ""
+    tokens: int = 0
+    finishes: int = 0
+    usage: Usage | None = None
+    left: bool = False
+    error: AnserError | None = None
+    pieces: int = 0
+
+    @property
+    def demand(self) -> Demand:
+        """What it asks for."""
+        plan = self.plan
+        prompt = " ".join(f"{plan.member}-{number}" for number in range(plan.words))
+        wanted: dict[Route, dict[str, object]] = {
+            Route.CHAT: {"messages": [{"role": "user", "content": prompt}]},
+            Route.COMPLETIONS: {"prompt": prompt},
+            Route.EMBEDDINGS: {"input": prompt},
+        }
+        length = {"max_tokens": plan.tokens_max} if plan.route is not Route.EMBEDDINGS else {}
+        return Demand(
+            id=plan.id,
+            member=plan.member,
+            route=plan.route,
+            model=plan.model,
+            body=wanted[plan.route] | length,
+            prompt_tokens=plan.words,
+            prompt_bytes=len(prompt),
+            output_tokens_max=plan.tokens_max if length else 0,
+        )
+
+    async def live(self, gateway: Gateway) -> None:
+        """Come, ask, take what comes, and go."""
+        await asyncio.sleep(self.plan.at_s)
+        self.asked = True
+        self.tell(f"{self.plan.id} asks: {self.plan.behaviour.value}")
+        try:
+            if self.plan.behaviour is Behaviour.CANCEL:
+                await self._hurry(gateway)
+            else:
+                await self._ask(gateway)
+        except AnserError as error:
+            self.error = error
+        end = "left" if self.left else self.error.code if self.error else "got it all"
+        self.tell(f"{self.plan.id} {end}, {self.tokens} tokens")
+
+    async def _hurry(self, gateway: Gateway) -> None:
+        """Ask in a task of its own that is cancelled, as a server does when its client is gone."""
+        async with asyncio.TaskGroup() as group:
+            asking = group.create_task(self._ask(gateway))
+            await asyncio.wait({asking}, timeout=self.plan.moment_s)
+            self.left = asking.cancel()
+            if self.plan.pieces % 2:  # a server that is stopped cancels what it cancels already
+                await asyncio.wait({asking}, timeout=self.plan.pieces / 1_000)
+                asking.cancel()
+
+    async def _ask(self, gateway: Gateway) -> None:
+        try:
+            if self.plan.route is Route.EMBEDDINGS:
+                self.usage = (await gateway.embed(self.demand)).usage
+                self._finish()
+            else:
+                await self._converse(gateway)
+        except AnserError as error:
+            self.error = error  # not raised: it would take the task group with it
+
+    async def _converse(self, gateway: Gateway) -> None:
+        plan = self.plan
+        async with gateway.answer(self.demand) as answer:
+            async for piece in answer:
+                self.pieces += 1
+                assert self.finishes == 0 or piece.usage is not None, "something after the end"
+                self._take(piece.data)
+                if piece.finish is not None:
+                    self._finish()
+                self.usage = piece.usage or self.usage
+                if plan.behaviour is Behaviour.LEAVE and self.pieces > plan.pieces:
+                    self.left = True
+                    return
+                if plan.behaviour is Behaviour.DAWDLE:
+                    await asyncio.sleep(plan.moment_s / 10)
+
+    def _finish(self) -> None:
+        self.finishes += 1
+        assert self.receipted(self.plan.id), "an end before its receipt"
+
+    def _take(self, data: bytes) -> None:
+        for choice in json.loads(data)["choices"]:
+            text = choice.get("text") or choice.get("delta", {}).get("content") or ""
+            self.text += text
+            self.tokens += bool(text)
+
+    def check(self, receipts: list[Receipt], expected: str, *, out_of_tries: bool) -> None:
+        """Assert that what it saw and what the ledger says are one story."""
+        assert self.finishes <= 1, "two ends"
+        assert expected.startswith(self.text), "not the words of the engine"
+        if self.error is None and not self.left:
+            assert self.finishes, "neither an end nor an error"
+        if out_of_tries and not self.left:
+            assert isinstance(self.error, EngineError | StoreError), "no word of its nodes"
+        if not self.asked or isinstance(self.error, _REFUSED):
+            assert receipts == [], "a receipt of what was never admitted"
+        elif isinstance(self.error, StoreError):
+            assert len(receipts) <= 1, "two receipts"
+        else:
+            assert len(receipts) == 1, f"{len(receipts)} receipts"
+        for receipt in receipts:
+            self._check_receipt(receipt)
+
+    def _check_receipt(self, receipt: Receipt) -> None:
+        assert receipt.usage.completion_tokens == self.tokens, "delivered is not what is receipted"
+        assert receipt.member == self.plan.member
+        assert receipt.model == self.plan.model
+        assert receipt.queued_ms <= receipt.ended_ms
+        assert sum(lease.error is None for lease in receipt.leases) <= 1
+        assert len({lease.lease for lease in receipt.leases}) == len(receipt.leases)
+        if self.finishes:
+            assert receipt.outcome is Outcome.FINISHED
+            assert self.usage is None or receipt.usage == self.usage
+        elif self.error is not None and not isinstance(self.error, StoreError) and not self.left:
+            assert receipt.outcome is Outcome.FAILED
+            assert receipt.error == self.error.code

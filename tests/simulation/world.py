@@ -1,0 +1,223 @@
+"""One seeded world: a whole gateway, its machines, its clients, and what befalls them.
+
+At each event the scheduler is checked against its oracle; whenever all that could happen at a
+moment has happened, every part's invariants; and at the end, each client's story against the
+ledger's. Nothing but the seed decides what happens.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+from anser.adapters.memory import MemoryClock, MemoryStore
+from anser.adapters.memory_engine import MemoryEngine, Pace
+from anser.adapters.signer import KeyFileSigner
+from anser.core.errors import AnserError, StoreFull
+from anser.core.fleet import Node
+from anser.core.scheduler import Decision, Event, Refused, Scheduler
+from anser.ports import Call, Engine, Route
+from anser.services.fleet import Fleet
+from anser.services.gateway import Gateway
+from anser.services.ledger import Ledger
+from anser.services.members import Members
+from tests.property.oracle import Oracle
+from tests.simulation import virtual
+from tests.simulation.clients import Client
+from tests.simulation.machines import Machine
+from tests.simulation.plan import Act, Mishap, Plan, draw_plan
+
+__all__ = ["World", "simulate"]
+
+_RETRIES_MAX = 3
+_LIFE_S = 3_600.0  # nobody may still wait then
+_CHECK_EVERY = 20  # moments
+
+
+class CheckedScheduler(Scheduler):
+    """The real scheduler, each of its decisions checked against the rules."""
+
+    def __init__(self, queued_max: int) -> None:
+        super().__init__(queued_max, _RETRIES_MAX)
+        self._oracle = Oracle(queued_max=queued_max, retries_max=_RETRIES_MAX)
+        self.out_of_tries: set[str] = set()
+
+    def handle(self, event: Event, now: float) -> list[Decision]:
+        """Handle and check."""
+        decisions = super().handle(event, now)
+        self._oracle.check(event, decisions)
+        self._oracle.compare(self)
+        self.validate()
+        refusals = [d for d in decisions if isinstance(d, Refused)]
+        self.out_of_tries |= {d.request for d in refusals if d.code == "retries_exhausted"}
+        return decisions
+
+
+@dataclass
+class World:
+    """What a seed makes."""
+
+    seed: int
+    clock: MemoryClock = field(default_factory=MemoryClock)
+    story: list[str] = field(default_factory=list)
+    moments: int = 0
+    clients: list[Client] = field(default_factory=list)
+    machines: dict[str, Machine] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.plan: Plan = draw_plan(self.seed)
+        self.store = MemoryStore()
+        self.scheduler = CheckedScheduler(self.plan.queued_max)
+        self.machines = {plan.node: Machine(plan, self.seed) for plan in self.plan.machines}
+        self.clients = [Client(plan, self.tell, self._receipted) for plan in self.plan.clients]
+        self.members: Members | None = None
+        self.parts: list[Gateway | Members | Fleet | Ledger | MemoryStore | Machine] = []
+
+    def tell(self, line: str) -> None:
+        """Add a line to the story."""
+        self.story.append(f"{self.clock.now():9.3f} {line}")
+
+    def _receipted(self, request: str) -> bool:
+        return request in self.store._places
+
+    def jumped(self) -> None:
+        """A moment is over: time goes on."""
+        self.moments += 1
+        if self.moments % _CHECK_EVERY == 0:
+            self.validate()
+
+    def validate(self) -> None:
+        """Assert the invariants of every part, and that they agree."""
+        for part in (*self.parts, *self.machines.values()):
+            part.validate()
+        if self.members is not None:
+            own = [books for (_, leaf), books in self.members._accounts.items() if leaf]
+            assert sum(books.allowance.queued for books in own) == self.scheduler.queued
+
+    async def live(self) -> None:
+        """From the first client to the last receipt."""
+        async with self._platform() as (gateway, members, fleet), asyncio.timeout(_LIFE_S):
+            async with asyncio.TaskGroup() as group:
+                for client in self.clients:
+                    group.create_task(client.live(gateway))
+                for mishap in self.plan.mishaps:
+                    group.create_task(self._befall(mishap, members, fleet))
+            self.store.fault = None
+            await gateway.empty.wait()
+            self.validate()
+        await self._check_end(members)
+
+    @asynccontextmanager
+    async def _platform(self) -> AsyncGenerator[tuple[Gateway, Members, Fleet]]:
+        plan, clock = self.plan, self.clock
+        members = Members(self.store, clock, b"p" * 32, plan.member_settings, anonymous=True)
+        await members.load()
+        for member, weight in plan.weights.items():
+            await members.add_member(member, weight=weight)
+        fleet = Fleet(self.store, clock, plan.settings, self._engine_for)
+        ledger = Ledger(self.store, KeyFileSigner(Ed25519PrivateKey.generate()), clock)
+        gateway = Gateway(
+            scheduler=self.scheduler,
+            members=members,
+            fleet=fleet,
+            ledger=ledger,
+            clock=clock,
+            settings=plan.settings,
+        )
+        self.members = members
+        self.parts = [gateway, members, fleet, ledger, self.store]
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(ledger.run())
+            watching = tasks.create_task(fleet.run())
+            for name in self.machines:
+                await fleet.add(_node(name))
+            try:
+                yield gateway, members, fleet
+            finally:
+                watching.cancel()
+                await ledger.aclose()
+        await fleet.aclose()
+
+    def _engine_for(self, node: Node) -> Engine:
+        return self.machines[node.id].connect()
+
+    async def _befall(self, mishap: Mishap, members: Members, fleet: Fleet) -> None:
+        await asyncio.sleep(mishap.at_s)
+        machine = self.machines[mishap.node]
+        self.tell(f"{mishap.node}: {mishap.act.value}")
+        try:
+            match mishap.act:
+                case Act.CRASH:
+                    machine.crash()
+                case Act.RECOVER:
+                    machine.recover()
+                case Act.JUMP:
+                    self.clock.jump(mishap.seconds)
+                case Act.DISK_FULL:
+                    self.store.fault = StoreFull("The disk is full.")
+                case Act.DISK_FREE:
+                    self.store.fault = None
+                case _:
+                    await _operate(mishap, members, fleet)
+        except AnserError as error:
+            self.tell(f"{mishap.node}: {mishap.act.value}: {error.code}")
+
+    async def _check_end(self, members: Members) -> None:
+        """Nothing is left behind, and each client's story agrees with the ledger's."""
+        scheduler = self.scheduler
+        assert (scheduler.queued, scheduler.running) == (0, 0), scheduler
+        assert all(account.allowance.open == 0 for account in members._accounts.values())
+        # Whoever is out of tries is cancelled once more by the gateway; nothing else is senseless.
+        assert scheduler.dropped == len(scheduler.out_of_tries), scheduler
+        assert not any(machine.open for machine in self.machines.values())
+        receipts = await self.store.recent(limit=1_000_000, member=None)
+        counts = Counter(receipt.request for receipt in receipts)
+        assert max(counts.values(), default=1) == 1, counts
+        for client in self.clients:
+            out_of_tries = client.plan.id in scheduler.out_of_tries
+            own = [receipt for receipt in receipts if receipt.request == client.plan.id]
+            try:
+                client.check(own, await _said(client), out_of_tries=out_of_tries)
+            except AssertionError as error:
+                raise AssertionError(f"{error}: {client} {own}") from error
+
+
+def simulate(seed: int) -> World:
+    """Live through the world of this seed. Raises AssertionError where an invariant is broken."""
+    world = World(seed)
+    virtual.run(world.live, clock=world.clock, jumped=world.jumped)
+    return world
+
+
+async def _operate(mishap: Mishap, members: Members, fleet: Fleet) -> None:
+    match mishap.act:
+        case Act.DRAIN:
+            await fleet.drain(mishap.node)
+        case Act.REMOVE:
+            await fleet.remove(mishap.node)
+        case Act.ADD:
+            await fleet.add(_node(mishap.node))
+        case _:
+            await members.add_member(f"late-{mishap.node}", weight=500)
+
+
+def _node(name: str) -> Node:
+    return Node(id=name, url=f"http://{name}.example")
+
+
+async def _said(client: Client) -> str:
+    """The whole answer, as an engine without faults gives it."""
+    demand = client.demand
+    if demand.route is Route.EMBEDDINGS:
+        return ""
+    reference = Client(client.plan, print, bool)
+    engine = MemoryEngine(demand.model, pace=Pace(step_s=0.0, step_each_s=0.0))
+    async with engine.generate(Call(lease="", route=demand.route, body=demand.body)) as chunks:
+        async for chunk in chunks:
+            reference._take(chunk)
+    return reference.text

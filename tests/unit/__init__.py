@@ -1,0 +1,1 @@
+"""One rule, one test: mirrors core, config and api."""

@@ -1,0 +1,498 @@
+"""Fair shares: prices, keys, lifts, and whom the next slot belongs to."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+
+from anser.core.fairness import Heap, Place, Shares, price
+from anser.core.slots import Lane, Slots
+
+MILLION = 1_000_000  # micro-credits
+
+
+@dataclass(eq=False)
+class Item:
+    """Something with a key."""
+
+    key: int
+
+
+class Pool:
+    """Shares with a lane or two, and short words for what happens."""
+
+    def __init__(self) -> None:
+        self.shares = Shares()
+        slots = Slots()
+        self.lanes: dict[str, Lane] = {name: slots.lane(name) for name in ("m", "k")}
+        self.turn = 0
+
+    def wait(self, member: str, model: str = "m") -> Place:
+        """A request of this member arrives and waits."""
+        self.turn += 1
+        leaf = self.shares.leaf(member)
+        lane = self.lanes[model]
+        place = Place(id=f"r{self.turn}", account=leaf, lane=lane, key=self.turn)
+        self.shares.arrive(leaf)
+        self.shares.enqueue(place)
+        self.shares.validate()
+        return place
+
+    def run(self, member: str, credits: int) -> None:
+        """A request of this member starts at once, and goes on running."""
+        leaf = self.shares.leaf(member)
+        self.shares.arrive(leaf)
+        self.shares.start(leaf, credits)
+        self.shares.validate()
+
+    def end(self, member: str) -> None:
+        """A request of this member ends."""
+        leaf = self.shares.leaf(member)
+        self.shares.end(leaf)
+        self.shares.retire(leaf)
+        self.shares.validate()
+
+    def next(self, *models: str, credits: int = 10) -> str:
+        """Start whoever is next for these models, and say who it was."""
+        place = self.shares.pick([self.lanes[model] for model in models or ("m",)])
+        assert place is not None
+        self.shares.dequeue(place)
+        self.shares.start(place.account, credits)
+        self.shares.validate()
+        return place.account.member
+
+    def key(self, member: str) -> int | None:
+        """The member's key, if it is known."""
+        keys = {row.member: row.key for row in self.shares.standings()}
+        return keys.get(member)
+
+
+# Prices
+
+
+def test_price_of_each_kind_of_token() -> None:
+    """Fresh, cached and output tokens cost 1, 0.1 and 4 credits."""
+    assert price(fresh=1, factor_milli=1_000) == MILLION
+    assert price(cached=1, factor_milli=1_000) == MILLION // 10
+    assert price(output=1, factor_milli=1_000) == 4 * MILLION
+    assert price(fresh=2, cached=10, output=3, factor_milli=1_000) == 15 * MILLION
+
+
+def test_price_is_exact_for_the_smallest_factor() -> None:
+    """A thousandth of the reference model's factor still costs whole micro-credits."""
+    assert price(cached=1, factor_milli=1) == 100
+
+
+# The heap
+
+
+def test_heap_gives_the_least_key_and_equals_in_the_order_of_entry() -> None:
+    """Least key first; between equals, who came first."""
+    heap: Heap[Item] = Heap()
+    first, second, less = Item(5), Item(5), Item(1)
+    for item in (first, second, less):
+        heap.add(item)
+    order = []
+    while (item := heap.least()) is not None:
+        order.append(item)
+        heap.discard(item)
+    assert order == [less, first, second]
+    assert heap.least() is None
+
+
+def test_heap_finds_keys_that_have_grown_unannounced() -> None:
+    """A grown key is put where it belongs, behind those that were equal before it."""
+    heap: Heap[Item] = Heap()
+    first, second = Item(1), Item(3)
+    heap.add(first)
+    heap.add(second)
+    first.key = 3
+    heap.validate()
+    assert heap.least() is second
+    first.key = 2
+    heap.add(first)
+    assert heap.least() is first
+    heap.validate()
+
+
+def test_heap_keeps_no_more_garbage_than_items() -> None:
+    """Entries of items that have moved on are cleared away before they pile up."""
+    heap: Heap[Item] = Heap()
+    item = Item(0)
+    for key in range(1_000, 0, -1):
+        item.key = key
+        heap.add(item)
+    assert heap.least() is item
+    assert len(heap) == 1
+    assert int(repr(heap).split()[3]) < 20
+    heap.validate()
+
+
+def test_heap_is_still_in_order_after_clearing_away() -> None:
+    """The least key comes first before and after the garbage is gone."""
+    heap: Heap[Item] = Heap()
+    items = [Item(key) for key in range(100, 0, -1)]
+    for item in items:
+        heap.add(item)
+    for item in items[:90]:
+        heap.discard(item)
+        heap.validate()
+    heap.add(Item(200))
+    order = []
+    while (item := heap.least()) is not None:
+        order.append(item.key)
+        heap.discard(item)
+    assert order == [*range(1, 11), 200]
+
+
+def test_heap_is_a_set() -> None:
+    """It knows its items, and forgets one without fuss even if it is not there."""
+    heap: Heap[Item] = Heap()
+    item = Item(1)
+    heap.discard(item)
+    assert item not in heap
+    heap.add(item)
+    assert item in heap
+    assert list(heap) == [item]
+    assert repr(heap) == "<Heap of 1, 1 entries>"
+
+
+# The pick
+
+
+def test_least_key_is_next() -> None:
+    """A slot goes to the member that has had least for its weight."""
+    pool = Pool()
+    for member in ("a", "b", "b", "b"):
+        pool.wait(member)
+    assert [pool.next(credits=30), pool.next(credits=10)] == ["a", "b"]
+    pool.wait("a")
+    assert [pool.next(credits=10), pool.next(credits=10)] == ["b", "b"]
+
+
+def test_oldest_request_of_a_member_is_next() -> None:
+    """Inside one member's queue the turn decides."""
+    pool = Pool()
+    first, second = pool.wait("a"), pool.wait("a")
+    lanes = [first.lane]
+    assert pool.shares.pick(lanes) is first
+    pool.shares.dequeue(first)
+    assert pool.shares.pick(lanes) is second
+
+
+def test_only_open_lanes_count() -> None:
+    """A member of least key without a request for the node's models is passed over."""
+    pool = Pool()
+    pool.wait("a", "k")
+    pool.wait("b", "m")
+    pool.run("b", 100)
+    assert pool.next("m") == "b"
+    assert pool.shares.pick([pool.lanes["m"]]) is None
+    assert pool.next("m", "k") == "a"
+
+
+def test_several_lanes_are_compared_by_key() -> None:
+    """Across the lanes of a node, the least key wins at each level."""
+    pool = Pool()
+    pool.wait("a/p/x", "m")
+    pool.wait("a/p/y", "k")
+    pool.wait("b/p/z", "k")
+    pool.run("a/p/x", 100)
+    pool.run("b/p/z", 200)
+    assert [pool.next("m", "k", credits=200), pool.next("m", "k")] == ["a/p/y", "b/p/z"]
+
+
+def test_nothing_waits_for_nothing() -> None:
+    """Without open lanes there is nobody."""
+    pool = Pool()
+    pool.wait("a")
+    assert pool.shares.pick([]) is None
+
+
+def test_fairness_holds_at_each_level() -> None:
+    """Two persons of one project share what one person of another organisation has alone."""
+    pool = Pool()
+    for _ in range(20):
+        for member in ("a/p/x", "a/p/y", "b/p/z"):
+            pool.wait(member)
+    order = [pool.next() for _ in range(20)]
+    assert {member: order.count(member) for member in order} == {
+        "a/p/x": 5,
+        "a/p/y": 5,
+        "b/p/z": 10,
+    }
+
+
+def test_a_member_has_requests_beside_those_of_its_children() -> None:
+    """An organisation's own requests wait in a leaf of weight 1,000 beside its projects."""
+    pool = Pool()
+    pool.shares.weigh("a/p", 3_000)
+    for _ in range(8):
+        pool.wait("a")
+        pool.wait("a/p")
+    order = [pool.next() for _ in range(8)]
+    assert order.count("a") == 2
+    assert order.count("a/p") == 6
+
+
+@pytest.mark.parametrize("member", ["", "a/", "/a", "a//b", "a/b/c/d"])
+def test_a_member_that_is_no_path_is_a_broken_invariant(member: str) -> None:
+    """Members are one to three names; nothing else may open an account."""
+    with pytest.raises(AssertionError):
+        Shares().leaf(member)
+
+
+# Keys
+
+
+def test_key_is_price_per_share() -> None:
+    """A member of twice the weight pays half as much key for the same service."""
+    pool = Pool()
+    pool.shares.weigh("a", 2_000)
+    pool.run("a", 100)
+    assert pool.key("a") == 50
+
+
+def test_key_loses_nothing_to_rounding() -> None:
+    """Many small charges give the same key as one large one."""
+    pool = Pool()
+    pool.shares.weigh("a", 3_000)
+    pool.run("a", 0)
+    for _ in range(100):
+        pool.shares.charge(pool.shares.leaf("a"), 1)
+    assert pool.key("a") == 33
+
+
+def test_every_account_on_the_path_is_charged() -> None:
+    """A charge is paid by the person, the project and the organisation."""
+    pool = Pool()
+    pool.run("a/p/x", 100)
+    pool.shares.charge(pool.shares.leaf("a/p/x"), 20)
+    assert [pool.key(name) for name in ("a", "a/p", "a/p/x")] == [120, 120, 120]
+    assert pool.shares.service == 120
+
+
+def test_refund_puts_a_waiting_member_forward() -> None:
+    """A key that a refund has lowered counts at once."""
+    pool = Pool()
+    pool.run("a", 100)
+    pool.wait("a")
+    pool.run("b", 0)
+    pool.wait("b")
+    pool.shares.charge(pool.shares.leaf("b"), 40)
+    assert (pool.key("a"), pool.key("b")) == (100, 140)
+    pool.shares.charge(pool.shares.leaf("b"), -41)
+    assert pool.next() == "b"
+
+
+def test_new_weight_leaves_what_was_paid() -> None:
+    """A change of weight moves no key; what comes is paid by the new weight."""
+    pool = Pool()
+    pool.run("a", 100)
+    pool.shares.weigh("a", 4_000)
+    assert pool.key("a") == 100
+    pool.shares.charge(pool.shares.leaf("a"), 100)
+    assert pool.key("a") == 125
+    pool.shares.weigh("a", 1_000)
+    pool.shares.charge(pool.shares.leaf("a"), 100)
+    assert pool.key("a") == 225
+    pool.shares.validate()
+
+
+def test_weight_outlives_the_account() -> None:
+    """A weight holds for members that have no account now."""
+    pool = Pool()
+    pool.shares.weigh("a", 2_000)
+    pool.run("a", 0)
+    pool.end("a")
+    assert pool.key("a") is None
+    pool.run("a", 100)
+    assert pool.key("a") == 50
+
+
+# The lift
+
+
+def test_newcomer_is_lifted_to_the_least_key_that_waits() -> None:
+    """Who begins to wait starts level with the least of those that wait."""
+    pool = Pool()
+    pool.run("a", 100)
+    pool.wait("a")
+    pool.wait("b")
+    assert pool.key("b") == 100
+    pool.run("b", 50)
+    pool.wait("c")
+    assert pool.key("c") == 100
+
+
+def test_newcomer_is_lifted_to_the_virtual_time_when_nobody_waits() -> None:
+    """With nobody waiting, it is the largest key ever dispatched, not what came after that."""
+    pool = Pool()
+    pool.run("a", 100)
+    pool.shares.charge(pool.shares.leaf("a"), 400)
+    pool.wait("b")
+    assert pool.key("b") == 100
+
+
+def test_lift_never_lowers() -> None:
+    """A key ahead of the others stays there."""
+    pool = Pool()
+    pool.run("a", 100)
+    pool.shares.charge(pool.shares.leaf("a"), 400)
+    pool.wait("b")
+    pool.wait("a")
+    assert pool.key("a") == 500
+
+
+def test_who_waits_is_not_lifted() -> None:
+    """Only the step from nothing waiting to something waiting lifts."""
+    pool = Pool()
+    pool.wait("a")
+    pool.run("b", 100)
+    pool.wait("a")
+    assert pool.key("a") == 0
+
+
+def test_lift_happens_at_each_level() -> None:
+    """A person is lifted among its project's, a project among its organisation's."""
+    pool = Pool()
+    pool.run("a/p/x", 100)
+    pool.run("b/q/z", 30)
+    pool.wait("a/p/y")
+    assert pool.key("a/p/y") == 100
+    pool.wait("b/q/w")
+    assert pool.key("b/q/w") == 30
+
+
+# Forgetting
+
+
+def test_idle_account_behind_the_others_is_forgotten() -> None:
+    """An idle account that a return would lift anyhow costs nothing."""
+    pool = Pool()
+    pool.run("a", 10)
+    pool.run("b", 100)
+    pool.end("a")
+    assert pool.key("a") is None
+    assert pool.shares.running == 1
+
+
+def test_idle_account_ahead_is_kept_until_the_others_pass_it() -> None:
+    """Nobody resets a key by going away."""
+    pool = Pool()
+    pool.run("a", 10)
+    pool.shares.charge(pool.shares.leaf("a"), 90)
+    pool.end("a")
+    assert pool.key("a") == 100
+    pool.run("b", 80)
+    assert pool.key("a") == 100
+    pool.run("b", 80)
+    assert pool.key("a") is None
+
+
+def test_account_that_returns_in_time_is_not_forgotten() -> None:
+    """Whoever waits or runs again is no longer among those to forget."""
+    pool = Pool()
+    pool.run("a", 10)
+    pool.shares.charge(pool.shares.leaf("a"), 90)
+    pool.end("a")
+    pool.wait("a")
+    pool.run("b", 1_000)
+    assert pool.key("a") == 100
+    pool.shares.validate()
+
+
+def test_an_organisation_is_forgotten_with_all_below_it() -> None:
+    """What was ahead inside an organisation goes with it, once others have passed the whole."""
+    pool = Pool()
+    pool.run("a/p/x", 10)
+    pool.shares.charge(pool.shares.leaf("a/p/x"), 90)
+    pool.end("a/p/x")
+    assert pool.key("a/p/x") == 100
+    pool.run("b", 200)
+    assert [row.member for row in pool.shares.standings()] == ["b"]
+    assert pool.shares.service == 300
+    pool.shares.validate()
+
+
+def test_person_is_forgotten_inside_an_active_organisation() -> None:
+    """Below an organisation that goes on, each is forgotten by itself."""
+    pool = Pool()
+    pool.run("a/p/x", 10)
+    pool.run("a/p/y", 100)
+    pool.end("a/p/x")
+    assert [row.member for row in pool.shares.standings()] == ["a", "a/p", "a/p/y"]
+
+
+def test_many_are_forgotten_in_small_steps() -> None:
+    """When many are overtaken at once, nobody waits until all of them are forgotten."""
+    pool = Pool()
+    for number in range(10):
+        pool.run(f"u{number}", 0)
+        pool.shares.charge(pool.shares.leaf(f"u{number}"), 100)
+        pool.end(f"u{number}")
+    counts = []
+    for _ in range(4):
+        pool.run("other", 1_000)
+        counts.append(len(pool.shares.standings()) - 1)
+    assert counts == [6, 2, 0, 0]
+
+
+@pytest.mark.parametrize("shape", ["u{0}", "org{1}/p/u{0}"])
+def test_memory_is_bounded_by_who_is_active_or_ahead(shape: str) -> None:
+    """Ten thousand members who came once leave nothing behind but the few that are ahead."""
+    pool = Pool()
+    shares, known = pool.shares, 0
+    for number in range(10_000):
+        leaf = shares.leaf(shape.format(number, number % 20))
+        shares.arrive(leaf)
+        shares.start(leaf, 100)
+        shares.charge(leaf, 800)
+        shares.end(leaf)
+        shares.retire(leaf)
+        known = max(known, len(shares.standings())) if number % 50 == 0 else known
+    assert known < 250
+    shares.validate()
+
+
+# What others see
+
+
+def test_standings_tell_of_members_not_of_leaves() -> None:
+    """Each member has one row, with all that waits and runs below it, parents first."""
+    pool = Pool()
+    pool.wait("a")
+    pool.wait("a/p/x")
+    pool.run("a/p/x", 10)
+    rows = {row.member: (row.queued, row.running, row.service) for row in pool.shares.standings()}
+    assert rows == {"a": (2, 1, 10), "a/p": (1, 1, 10), "a/p/x": (1, 1, 10)}
+    assert (pool.shares.queued, pool.shares.running) == (2, 1)
+
+
+def test_find_gives_no_account_for_who_is_not_known() -> None:
+    """An unknown member, organisation or person, has no account."""
+    pool = Pool()
+    pool.wait("a/p/x")
+    assert pool.shares.find("a/q/x") is None
+    assert pool.shares.find("b/p/x") is None
+    found = pool.shares.find("a/p")
+    assert found is not None
+    assert found.member == "a/p"
+
+
+def test_reprs_tell_the_state_in_a_line() -> None:
+    """Each class shows its state."""
+    pool = Pool()
+    place = pool.wait("a/p/x")
+    assert repr(pool.shares) == "<Shares 1 queued 0 running 1 leaves>"
+    assert repr(place.account) == "<Account a/p/x key=0 1 queued 0 running>"
+
+
+def test_validate_finds_a_wrong_count() -> None:
+    """An invariant that is broken is found."""
+    pool = Pool()
+    place = pool.wait("a/p/x")
+    place.account.queued = 2
+    with pytest.raises(AssertionError):
+        pool.shares.validate()
