@@ -151,12 +151,12 @@ def test_a_conversation_on_a_terminal(live: Server, data: Path) -> None:
     with terminal("chat", "--data-dir", str(data)) as (process, keyboard):
         read_until(keyboard, r"> $")
         os.write(keyboard, f"{LONG}\n".encode())
-        read_until(keyboard, r"lighthouse\.\r\n.*\w+")
+        read_until(keyboard, r"lighthouse\.\r\n\s*\S")
         os.write(keyboard, b"\x03")
         read_until(keyboard, r"\[stopped\][\s\S]*> $")
         wait_until(lambda: running(live) == 0)
         os.write(keyboard, b"Say hello.\n")
-        read_until(keyboard, r"hello\.\r\n[\s\S]*\w[\s\S]*\r\n[\s\S]*> $")
+        read_until(keyboard, r"hello\.\r\n[\s\S]*\S[\s\S]*\r\n[\s\S]*> $")
         assert interrupted(process, keyboard) == 130
 
 

@@ -77,6 +77,7 @@ def test_places_lie_in_the_folder(folder: Path) -> None:
     with DataDir.open(Path(os.path.relpath(folder))) as data:
         for place in (data.store, data.signing_key, data.socket):
             assert place.is_absolute()
+            assert ".." not in place.parts
             assert place.parent.samefile(folder)
 
 

@@ -36,7 +36,7 @@ class DataDir:
     @contextmanager
     def open(cls, path: Path) -> Generator[DataDir]:
         """Make the folder if need be and hold it. ConfigError names the folder and its holder."""
-        path = path.absolute()
+        path = Path(os.path.abspath(path))  # without `..`: the name of a socket must be short
         try:
             path.mkdir(mode=0o700, parents=True, exist_ok=True)
             descriptor = os.open(path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
