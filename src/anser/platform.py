@@ -30,7 +30,7 @@ from anser.adapters.signer import KeyFileSigner
 from anser.adapters.sqlite import SqliteStore
 from anser.api.app import admin_app, public_app
 from anser.api.context import Services
-from anser.config import Config, split_address
+from anser.config import Config, Loaded, split_address
 from anser.core.errors import AnserError, ConfigError
 from anser.core.fleet import Node
 from anser.core.hub import Model
@@ -77,12 +77,14 @@ class Listening:
 
 @asynccontextmanager
 async def open_platform(
-    config: Config, *, engine: bool = True, progress: Progress | None = None
+    settings: Loaded | Config, *, engine: bool = True, progress: Progress | None = None
 ) -> AsyncGenerator[Platform]:
     """Open the data folder and all services. Raises ConfigError, StoreError.
 
-    With `engine`, the built-in engine is fetched and loaded in the background.
+    `settings` are those that were read, or a Config made by hand. With `engine`, the built-in engine is fetched and loaded in the background.
     """
+    loaded = settings if isinstance(settings, Loaded) else Loaded.of(settings)
+    config = loaded.config
     async with AsyncExitStack() as stack:
         folder = stack.enter_context(DataDir.open(config.data_dir))
         store = await stack.enter_async_context(SqliteStore.open(folder.store))
@@ -95,7 +97,7 @@ async def open_platform(
         ledger = Ledger(store, KeyFileSigner.open(folder.signing_key), clock)
         hub = Hub(mirrors_for(config.engine.mirrors), DiskBlobs(folder.path / "blobs"))
         services = Services(
-            config=config,
+            loaded=loaded,
             clock=clock,
             members=members,
             fleet=fleet,
@@ -197,7 +199,7 @@ def _silent(_done: int, _total: int | None) -> None:
 
 
 async def serve(
-    config: Config,
+    loaded: Loaded,
     *,
     announce: Callable[[Listening], None],
     progress: Progress | None = None,
@@ -210,10 +212,11 @@ async def serve(
     Raises ConfigError, StoreError.
     """
     harden()
+    config = loaded.config
     async with AsyncExitStack() as stack:
         stop = stack.enter_context(StopSignals.watched())
         public = stack.enter_context(listen(config.server.host, config.server.port))
-        platform = await stack.enter_async_context(open_platform(config, progress=progress))
+        platform = await stack.enter_async_context(open_platform(loaded, progress=progress))
         guard = _guard(config)
         doors = [Door(platform.public_app, public, guard)]
         inner = stack.enter_context(listen_unix(platform.data_dir.socket))

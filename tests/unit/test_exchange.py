@@ -23,7 +23,7 @@ from anser.api.context import Services
 from anser.api.exchange import Bodies, Exchange
 from anser.api.models import served
 from anser.api.routes import ROUTES, find_direct
-from anser.config import Config, MemberSettings, ServerSettings
+from anser.config import Config, Loaded, MemberSettings, ServerSettings
 from anser.core.errors import ModelNotFound, NoNode, Overloaded
 from anser.core.ledger import Outcome
 from anser.ports import Call
@@ -123,7 +123,9 @@ async def stage(
     engine = MemoryEngine(slots=slots, pace=Pace(step_s=0.001), fault_of=fault)
     async with open_pool({"one": engine}, member_settings=member_settings) as pool:
         services = Services(
-            config=Config(data_dir=folder, server=ServerSettings(body_bytes_max=10_000)),
+            loaded=Loaded.of(
+                Config(data_dir=folder, server=ServerSettings(body_bytes_max=10_000))
+            ),
             clock=SystemClock(),
             members=pool.members,
             fleet=pool.fleet,

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
 from dataclasses import asdict
-from functools import reduce
-from typing import Annotated, Literal, cast
+from typing import Annotated, Literal
 
 import msgspec
 from starlette.requests import Request
@@ -20,7 +19,7 @@ from anser.api.auth import Doorkeeper
 from anser.api.context import Services
 from anser.api.reply import Handler, json_route, operator_of, query_text, read
 from anser.api.usage import pool, request_of, usage_since
-from anser.config import settings
+from anser.config import shown, without_password
 from anser.core.errors import InvalidField
 from anser.core.fleet import Node
 from anser.core.members import Key, Limits, Member, Scope
@@ -158,12 +157,7 @@ class _Admin:
         return {"mirrors": [{"name": name, "trouble": seen[name]} for name in seen]}
 
     async def config(self, _: Request) -> object:
-        rows: list[dict[str, object]] = []
-        for setting in settings():
-            value = reduce(getattr, setting.path.split("."), self._services.config)
-            row = {"path": setting.path, "value": _plain(value), "default": setting.default}
-            rows.append({**row, "meaning": setting.doc})
-        return {"settings": rows}
+        return shown(self._services.loaded)
 
     def _engine(self) -> dict[str, object] | None:
         """The model that runs in this process, and its file once it is there."""
@@ -183,7 +177,7 @@ class _Admin:
         running = {row.node: row.running for row in self._services.gateway.snapshot().nodes}
         return {
             "id": node.id,
-            "url": _without_password(node.url),
+            "url": without_password(node.url),
             "state": status.state.value,
             "engine": None if status.kind is None else status.kind.value,
             "version": status.version,
@@ -254,16 +248,3 @@ def _key(key: Key) -> dict[str, object]:
         "expires_at": key.expires_at,
         "revoked_at": key.revoked_at,
     }
-
-
-def _plain(value: object) -> object:
-    """A setting's value as JSON, without passwords that stand in addresses."""
-    if isinstance(value, tuple):
-        return [_without_password(str(part)) for part in cast("tuple[object, ...]", value)]
-    return value if isinstance(value, (bool, int, float)) else str(value)
-
-
-def _without_password(url: str) -> str:
-    scheme, mark, rest = url.partition("://")
-    place, slash, path = rest.partition("/")
-    return f"{scheme}{mark}{place.rpartition('@')[2]}{slash}{path}" if mark else url

@@ -21,7 +21,7 @@ from anser.cli.progress import Steps, shown_progress
 from anser.core.errors import AnserError
 
 if TYPE_CHECKING:
-    from anser.config import Config
+    from anser.config import Config, Loaded
     from anser.platform import Listening
     from anser.ports import Progress
 
@@ -70,13 +70,13 @@ def serve(
     overrides: dict[str, object] = {
         path: value for path, value in given.items() if value is not None
     }
-    config = at.load(overrides).config
+    loaded = at.load(overrides)
     from anser.wire.doors import serving_loop
 
     with ExitStack() as stack:
-        teller: Teller = Events() if at.json else People(config.data_dir)
+        teller: Teller = Events() if at.json else People(loaded.config.data_dir)
         progress = teller.progress(stack)
-        run(_serve(config, teller, progress, mint_key=mint_key), serving_loop)
+        run(_serve(loaded, teller, progress, mint_key=mint_key), serving_loop)
     teller.stopped()
 
 
@@ -216,7 +216,7 @@ def python_lines(listening: Listening) -> list[str]:
     ]
 
 
-async def _serve(config: Config, teller: Teller, progress: Progress, *, mint_key: bool) -> None:
+async def _serve(loaded: Loaded, teller: Teller, progress: Progress, *, mint_key: bool) -> None:
     from anser.cli.logs import log_to_stderr
     from anser.platform import serve as serve_platform
 
@@ -227,11 +227,11 @@ async def _serve(config: Config, teller: Teller, progress: Progress, *, mint_key
         def announce(listening: Listening) -> None:
             teller.listening(listening)
             if listening.model is not None:
-                watch = _watch(config, listening.model, teller)
+                watch = _watch(loaded.config, listening.model, teller)
                 watches.append(tasks.create_task(watch))
 
         await serve_platform(
-            config,
+            loaded,
             announce=announce,
             progress=progress,
             mint_key=mint_key,
