@@ -81,7 +81,8 @@ async def open_platform(
 ) -> AsyncGenerator[Platform]:
     """Open the data folder and all services. Raises ConfigError, StoreError.
 
-    `settings` are those that were read, or a Config made by hand. With `engine`, the built-in engine is fetched and loaded in the background.
+    `settings` are those that were read, or a Config made by hand. With `engine`, the built-in
+    engine is fetched and loaded in the background.
     """
     loaded = settings if isinstance(settings, Loaded) else Loaded.of(settings)
     config = loaded.config

@@ -123,9 +123,7 @@ async def stage(
     engine = MemoryEngine(slots=slots, pace=Pace(step_s=0.001), fault_of=fault)
     async with open_pool({"one": engine}, member_settings=member_settings) as pool:
         services = Services(
-            loaded=Loaded.of(
-                Config(data_dir=folder, server=ServerSettings(body_bytes_max=10_000))
-            ),
+            loaded=Loaded.of(Config(data_dir=folder, server=ServerSettings(body_bytes_max=10_000))),
             clock=SystemClock(),
             members=pool.members,
             fleet=pool.fleet,

@@ -68,6 +68,7 @@ __all__ = [
     "SCHEMA_NODES_MAX",
     "SCHEMA_PATTERN_ATOMS_MAX",
     "SCHEMA_PATTERN_CHARS_MAX",
+    "START_WAIT_S",
     "STOP_CHARS_MAX",
     "STOP_MAX",
     "STORE_BUSY_S",
@@ -114,6 +115,7 @@ EMBEDDING_INPUTS_MAX = 256
 # What one request may take.
 COMPLETION_TOKENS_DEFAULT = 1_024  # when the caller names no maximum
 QUEUE_TIMEOUT_S = 120.0
+START_WAIT_S = 3_600.0  # for a model that is still being fetched or loaded
 FIRST_TOKEN_TIMEOUT_S = 120.0
 TOKEN_GAP_TIMEOUT_S = 30.0
 RETRIES_MAX = 3

@@ -29,7 +29,6 @@ from anser.core.errors import (
     ModelNotFound,
     NoNode,
     Overloaded,
-    QueueTimeout,
     ShuttingDown,
 )
 from anser.core.fleet import NodeState
@@ -62,7 +61,7 @@ from anser.services.chunks import (
 from anser.services.fleet import Fleet
 from anser.services.ledger import Ledger
 from anser.services.members import Members
-from anser.services.run import Demand, Run, call_for
+from anser.services.run import Demand, Patience, Run, call_for
 from anser.services.stats import NodeRow, Snapshot, Stats
 
 __all__ = ["Answer", "Demand", "Embedded", "Gateway", "NodeRow", "Snapshot"]
@@ -221,7 +220,7 @@ class Gateway:
         run = Run(
             demand=demand,
             reservation=reservation,
-            queued_at=self.clock.now(),
+            patience=Patience(self.clock.now(), self.settings.queue_timeout_s),
             queued_ms=self._wall_ms(),
             ready=asyncio.get_running_loop().create_future(),
             tally=Tally(demand.prompt_tokens, demand.prompt_bytes),
@@ -244,13 +243,17 @@ class Gateway:
         return run
 
     def _check_model(self, model: str) -> None:
-        offers = self.fleet.models().get(model)
-        if not offers:
+        states = self._states(model)
+        if not states:
             raise ModelNotFound(f"There is no model {model!r} here.", param="model")
-        down = {NodeState.DOWN, NodeState.DRAINING}
-        if all(self.fleet.status(offer.node).state in down for offer in offers):
+        if states <= {NodeState.DOWN, NodeState.DRAINING}:
             message = f"No node serves {model} now."
             raise NoNode(message, param="model", retry_after_s=_RETRY_AFTER_S)
+
+    def _states(self, model: str) -> set[NodeState]:
+        """The states that the nodes of this model are in."""
+        offers = self.fleet.models().get(model, ())
+        return {self.fleet.status(offer.node).state for offer in offers}
 
     # From the queue to the first chunk
 
@@ -305,13 +308,9 @@ class Gateway:
 
     async def _lease(self, run: Run) -> Lease:
         """Wait for a slot. Raises QueueTimeout, Overloaded, or the last node's error."""
-        left_s = self.settings.queue_timeout_s - (self.clock.now() - run.queued_at)
-        try:
-            async with asyncio.timeout(max(left_s, 0.0)):
-                lease = await run.ready
-        except TimeoutError:
-            message = f"No slot became free in {self.settings.queue_timeout_s:.0f} s."
-            raise QueueTimeout(message, retry_after_s=_RETRY_AFTER_S) from None
+        lease = await run.started(
+            self.clock, lambda: self._states(run.demand.model) == {NodeState.STARTING}
+        )
         run.reservation.started()
         self.stats.queue_s.observe(self.clock.now() - run.queued_at)
         return lease
