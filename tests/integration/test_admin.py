@@ -249,7 +249,9 @@ async def test_nodes(at: Asked) -> None:
     refused(await at.socket.post("/admin/v1/nodes", json=body), 409, "conflict")
     node = added["id"]
     drained = await at.socket.post(f"/admin/v1/nodes/{node}/drain", json={})
-    assert drained.json()["id"] == node
+    assert (drained.json()["id"], drained.json()["state"]) == (node, "draining")
+    resumed = await at.socket.post(f"/admin/v1/nodes/{node}/resume", json={})
+    assert resumed.json()["state"] == "down"
     pool = (await at.public.get("/v1/pool")).json()
     assert [row["id"] for row in pool["nodes"]] == [node]
     assert "http" not in json.dumps(pool["nodes"]), "a node's address is nobody's business"

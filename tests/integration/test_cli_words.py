@@ -121,6 +121,7 @@ def test_nodes_are_told_in_words(say: Say) -> None:
     assert added.splitlines()[0] == "Added the node gpu-1."
     assert "gpu-1" in say("node", "list")
     assert "gpu-1 finishes" in say("node", "drain", "gpu-1")
+    assert "gpu-1 takes requests again" in say("node", "resume", "gpu-1")
     assert say("node", "remove", "gpu-1") == "Removed the node gpu-1.\n"
     assert "no node gpu-1" in say("node", "remove", "gpu-1", code=1).replace("'", "")
 

@@ -333,6 +333,20 @@ async def test_draining_takes_the_slots_and_is_stored() -> None:
             await fleet.drain("x")
 
 
+async def test_resuming_gives_the_slots_back_and_is_stored() -> None:
+    """A resumed node takes requests again, also after a restart."""
+    store = MemoryStore()
+    async with Hostile(Listing()) as hostile, fleet_of(store) as (fleet, watcher):
+        await fleet.add(Node(id="n", url=hostile.url, slots=3))
+        for _ in range(2):
+            await fleet.drain("n")
+            await fleet.resume("n")
+            assert (fleet.status("n").state, watcher.slots("n")) == (NodeState.UP, 3)
+            assert not (await store.nodes())[0].draining
+        with pytest.raises(NotFound):
+            await fleet.resume("x")
+
+
 async def test_removing_forgets_everything() -> None:
     """A removed node is gone from the store, the models and the subscribers, and can come back."""
     store = MemoryStore()

@@ -130,6 +130,12 @@ class _Admin:
         await self._services.fleet.drain(node)
         return self._node(self._services.fleet.status(node))
 
+    async def resume_node(self, request: Request) -> object:
+        await read(request, Nothing)
+        node = str(request.path_params["node"])
+        await self._services.fleet.resume(node)
+        return self._node(self._services.fleet.status(node))
+
     async def remove_node(self, request: Request) -> object:
         node = str(request.path_params["node"])
         await self._services.fleet.remove(node)
@@ -201,6 +207,7 @@ _TABLE: tuple[tuple[str, str, _Handler], ...] = (
     ("GET", "/admin/v1/nodes", _Admin.list_nodes),
     ("POST", "/admin/v1/nodes", _Admin.add_node),
     ("POST", "/admin/v1/nodes/{node}/drain", _Admin.drain_node),
+    ("POST", "/admin/v1/nodes/{node}/resume", _Admin.resume_node),
     ("DELETE", "/admin/v1/nodes/{node}", _Admin.remove_node),
     ("GET", "/admin/v1/usage", _Admin.usage),
     ("GET", "/admin/v1/receipts/{request}", _Admin.receipt),

@@ -91,7 +91,7 @@ def list_nodes(*, at: Anywhere = ANYWHERE) -> None:
 
 @app.command(name="drain")
 def drain(node: str, /, *, at: Anywhere = ANYWHERE) -> None:
-    """Let a node finish what it runs and give it nothing new.
+    """Let a node finish what it runs and give it nothing new, until `anser node resume`.
 
     Example: `anser node drain 10.0.0.7-8000`
 
@@ -107,9 +107,27 @@ def drain(node: str, /, *, at: Anywhere = ANYWHERE) -> None:
         print_line(tr("node.drained", node=safe(node)))
 
 
+@app.command(name="resume")
+def resume(node: str, /, *, at: Anywhere = ANYWHERE) -> None:
+    """Give a drained node requests again.
+
+    Example: `anser node resume 10.0.0.7-8000`
+
+    Parameters
+    ----------
+    node
+        The node's id, from `anser node list`.
+    """
+    resumed = ask(at, "POST", f"/admin/v1/nodes/{quoted(node)}/resume", body={})
+    if at.json:
+        print_json(resumed)
+    else:
+        print_line(tr("node.resumed", node=safe(node)))
+
+
 @app.command(name="remove")
 def remove(node: str, /, *, at: Anywhere = ANYWHERE) -> None:
-    """Forget a node. What runs on it is lost or continued elsewhere; drain it first.
+    """Forget a node. What runs on it is cut off, so drain it first.
 
     Example: `anser node remove 10.0.0.7-8000`
 

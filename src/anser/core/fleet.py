@@ -38,6 +38,7 @@ __all__ = [
     "Node",
     "NodeState",
     "Offer",
+    "Resumed",
     "ServedModel",
     "Silent",
     "StreamFailed",
@@ -298,11 +299,16 @@ class Drained:
 
 
 @dataclass(frozen=True, slots=True)
+class Resumed:
+    """It shall take requests again."""
+
+
+@dataclass(frozen=True, slots=True)
 class Ticked:
     """Time has passed."""
 
 
-HealthEvent = Answered | Silent | StreamFinished | StreamFailed | Drained | Ticked
+HealthEvent = Answered | Silent | StreamFinished | StreamFailed | Drained | Resumed | Ticked
 
 
 class _Reach(Enum):
@@ -383,6 +389,8 @@ class Health:
                 self._fail(now, jitter)
             case Drained():
                 self._draining = True
+            case Resumed():
+                self._draining = False
             case _:  # Ticked: what time does has been done above
                 pass
         return self.state

@@ -46,6 +46,7 @@ from anser.core.fleet import (
     Node,
     NodeState,
     Offer,
+    Resumed,
     Silent,
     StreamFailed,
     StreamFinished,
@@ -205,10 +206,17 @@ class Fleet:
 
     async def drain(self, id_: str) -> None:
         """Let a node finish what runs on it and give it nothing new. Raises NotFound."""
+        await self._keep(id_, draining=True)
+
+    async def resume(self, id_: str) -> None:
+        """Give a drained node requests again; one that is not drained stays. Raises NotFound."""
+        await self._keep(id_, draining=False)
+
+    async def _keep(self, id_: str, *, draining: bool) -> None:
         async with self._changing:
             entry = self._find(id_)
-            entry.node = replace(entry.node, draining=True)
-            self._tell(entry, Drained())
+            entry.node = replace(entry.node, draining=draining)
+            self._tell(entry, Drained() if draining else Resumed())
             if not entry.attached:
                 await self._store.put_node(entry.node)
 
