@@ -70,6 +70,8 @@ def test_a_wrong_call_is_told_in_one_line(say: Say, words: list[str], parts: lis
     [
         (["member", "add", "local"], ["local", "exists"]),
         (["member", "add", "a/b"], ["Add a first"]),
+        (["member", "set", "local"], ["what to change", "--weight"]),
+        (["member", "set", "nobody", "--weight", "2"], ["nobody"]),
         (["member", "add", "Physics!"], ["a-z"]),
         (["key", "create", "nobody"], ["nobody"]),
         (["key", "create", "local", "--label", "a\nb"], ["printable"]),
@@ -101,6 +103,12 @@ def test_members_are_listed_in_columns(say: Say) -> None:
         ["physics", "0.5", "-", "-", "-", "-"],
         ["physics/lattice", "1.0", "-", "7", "-", "-"],
     ]
+    changed = say("member", "set", "physics/lattice", "--weight", "3", "--queued-max", "0")
+    assert changed == "Changed the member physics/lattice.\n"
+    say("member", "set", "physics/lattice", "--in-flight-max", "2")
+    assert say("member", "list").splitlines()[-1].split() == [
+        "physics/lattice", "3.0", "2", "-", "-", "-",
+    ]  # fmt: skip
 
 
 def test_keys_are_listed_in_columns(say: Say) -> None:

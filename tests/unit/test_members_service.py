@@ -134,6 +134,38 @@ async def test_weights_are_told_to_who_listens() -> None:
     assert heard["lab"] == 3_000
 
 
+async def test_a_changed_member_is_told_and_stored() -> None:
+    """Weight and limits change one by one; what is not named stays, also after a restart."""
+    store = MemoryStore()
+    members = await opened(store=store)
+    heard: dict[str, int] = {}
+    members.subscribe(heard.__setitem__)
+    await members.add_member("lab", member_limits=Limits(queued_max=7, tokens_per_day=9))
+    await members.set_member("lab", weight=3_000, changes={"queued_max": None})
+    changed = await members.set_member("lab", changes={"in_flight_max": 2})
+    assert (changed.weight, heard["lab"]) == (3_000, 3_000)
+    assert changed.limits == Limits(in_flight_max=2, tokens_per_day=9)
+    assert changed in (await opened(store=store)).members()
+    with pytest.raises(NotFound):
+        await members.set_member("nobody", changes={})
+    with pytest.raises(Conflict):
+        await members.set_member(ANONYMOUS, weight=1, changes={})
+
+
+async def test_a_changed_limit_holds_for_who_is_at_work() -> None:
+    """It counts what is in flight already, for the member itself and for all below it."""
+    members = await opened()
+    await members.add_member("lab")
+    await members.add_member("lab/a")
+    held = members.reserve("lab/a", prompt_tokens=1, output_tokens_max=1)
+    await members.set_member("lab", changes={"in_flight_max": 1})
+    with pytest.raises(LimitReached):
+        members.reserve("lab/a", prompt_tokens=1, output_tokens_max=1)
+    held.settle(prompt_tokens=1, completion_tokens=1)
+    members.reserve("lab/a", prompt_tokens=1, output_tokens_max=1)
+    members.validate()
+
+
 async def test_the_last_place_is_given_once() -> None:
     """Reserving checks and takes at once: of two requests for the last place one is refused."""
     members = await opened(settings=MemberSettings(in_flight_max=1))

@@ -11,6 +11,7 @@ from dataclasses import asdict
 from typing import Annotated, Literal
 
 import msgspec
+from msgspec import UNSET, UnsetType
 from starlette.requests import Request
 from starlette.routing import Route
 
@@ -25,7 +26,17 @@ from anser.core.fleet import Node
 from anser.core.members import Key, Limits, Member, Scope
 from anser.services.fleet import NodeStatus
 
-__all__ = ["PATHS", "KeyBody", "LimitsBody", "MemberBody", "NodeBody", "Nothing", "routes"]
+__all__ = [
+    "PATHS",
+    "KeyBody",
+    "LimitsBody",
+    "LimitsChange",
+    "MemberBody",
+    "MemberChange",
+    "NodeBody",
+    "Nothing",
+    "routes",
+]
 
 _Count = Annotated[int, msgspec.Meta(ge=1, le=10**15)]
 _Weight = Annotated[int, msgspec.Meta(ge=1, le=10**9)]
@@ -49,6 +60,23 @@ class MemberBody(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     id: _Name
     weight: _Weight = 1_000
     limits: LimitsBody = LimitsBody()
+
+
+class LimitsChange(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The limits to change; null takes one away, and what is left out stays."""
+
+    in_flight_max: _Count | UnsetType | None = UNSET
+    queued_max: _Count | UnsetType | None = UNSET
+    tokens_per_minute: _Count | UnsetType | None = UNSET
+    tokens_per_day: _Count | UnsetType | None = UNSET
+
+
+class MemberChange(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What to change of a member; weight in thousandths."""
+
+    id: _Name
+    weight: _Weight | None = None
+    limits: LimitsChange = LimitsChange()
 
 
 class KeyBody(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -92,6 +120,15 @@ class _Admin:
             body.id, weight=body.weight, member_limits=limits
         )
         return _member(added)
+
+    async def set_member(self, request: Request) -> object:
+        body = await read(request, MemberChange)
+        named = msgspec.structs.asdict(body.limits).items()
+        changes = {limit: most for limit, most in named if most is not UNSET}
+        changed = await self._services.members.set_member(
+            body.id, weight=body.weight, changes=changes
+        )
+        return _member(changed)
 
     async def list_keys(self, request: Request) -> object:
         keys = self._services.members.keys(query_text(request, "member"))
@@ -201,6 +238,7 @@ _Handler = Callable[[_Admin, Request], Awaitable[object]]
 _TABLE: tuple[tuple[str, str, _Handler], ...] = (
     ("GET", "/admin/v1/members", _Admin.list_members),
     ("POST", "/admin/v1/members", _Admin.add_member),
+    ("PATCH", "/admin/v1/members", _Admin.set_member),
     ("GET", "/admin/v1/keys", _Admin.list_keys),
     ("POST", "/admin/v1/keys", _Admin.create_key),
     ("DELETE", "/admin/v1/keys/{key}", _Admin.revoke_key),

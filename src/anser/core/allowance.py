@@ -102,12 +102,28 @@ class Allowance:
         for bucket in self._buckets():
             bucket.take(tokens, now)
 
+    def change(self, limits: Limits, now: float) -> None:
+        """Other limits from now on; what is open and what was used stays counted."""
+        self.limits = limits
+        self.minute = _changed(self.minute, limits.tokens_per_minute, MINUTE_S, now)
+        self.day = _changed(self.day, limits.tokens_per_day, DAY_S, now)
+
     def _buckets(self) -> list[Bucket]:
         return [bucket for bucket in (self.minute, self.day) if bucket is not None]
 
 
 def _bucket(limit: int | None, period_s: float) -> Bucket | None:
     return Bucket(limit, period_s) if limit else None
+
+
+def _changed(
+    before: Bucket | None, limit: int | None, period_s: float, now: float
+) -> Bucket | None:
+    after = _bucket(limit, period_s)
+    if before is not None and after is not None:
+        after.at = now
+        after.level -= before.limit - before.available(now)
+    return after
 
 
 def _check_bucket(bucket: Bucket, period: str, member: str, tokens: int, now: float) -> None:

@@ -8,8 +8,9 @@ awaits, so two requests can never both take the last place.
 
 from __future__ import annotations
 
+import asyncio
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
 from anser.config import MemberSettings
@@ -114,6 +115,7 @@ class Members:
     _accounts: dict[tuple[str, bool], _Account] = field(
         default_factory=dict[tuple[str, bool], _Account]
     )
+    _changing: asyncio.Lock = field(default_factory=asyncio.Lock)  # one change after the other
     _listeners: list[Callable[[str, int], None]] = field(
         default_factory=list[Callable[[str, int], None]]
     )
@@ -206,6 +208,34 @@ class Members:
         self._accounts.pop((member, False), None)
         self._tell(added)
         return added
+
+    async def set_member(
+        self, member: str, *, weight: int | None = None, changes: Mapping[str, int | None]
+    ) -> Member:
+        """Change a member's weight, and the limits that `changes` names; None takes one away.
+
+        What its requests have used and hold stays counted. Raises NotFound, Conflict.
+        """
+        async with self._changing:
+            before = self._members.get(member)
+            if before is None:
+                raise NotFound(f"There is no member {member}.", param="member")
+            if member == ANONYMOUS:
+                raise Conflict("The anonymous member is set by members.* settings.", param="member")
+            changed = replace(
+                before,
+                weight=before.weight if weight is None else weight,
+                limits=replace(before.limits, **changes),
+            )
+            await self.store.put_member(changed)
+            self._members[member] = changed
+        for leaf in (True, False):
+            account = self._accounts.get((member, leaf))
+            if account is not None:
+                limits_now = self._limits(member, leaf=leaf)
+                account.allowance.change(limits_now, self.clock.now())
+        self._tell(changed)
+        return changed
 
     def keys(self, member: str | None = None) -> list[Key]:
         """The keys of one member, or all, the oldest first."""
