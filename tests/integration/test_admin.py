@@ -316,6 +316,11 @@ async def test_usage_is_ones_own(at: Asked) -> None:
     operator = await at.key("staff", scope="operate")
     assert await seen(operator) == ["chemistry", "physics/lattice"]
     assert await seen(operator, member="chemistry") == ["chemistry"]
+    for path in ("/v1/usage", "/admin/v1/usage"):
+        missing = await at.socket.get(path, params={"member": "chemisty"})
+        assert "chemisty" in refused(missing, 404, "not_found")
+        nobody = await at.socket.get(path, params={"member": "anonymous/bucket-7"})
+        assert nobody.json()["usage"] == []
     refused(await at.public.get("/v1/usage"), 401, "invalid_api_key")
 
 

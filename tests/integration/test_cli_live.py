@@ -197,7 +197,7 @@ def test_a_receipt_is_fetched_and_checked(live: Server, data: Path, tmp_path: Pa
     """An answer's receipt verifies offline, by the platform's key; a changed one does not."""
     request = told("chat", "Say hello.", "--max-tokens", "4", "--data-dir", data)["request"]
     file = tmp_path / "receipt.json"
-    told("receipt", "get", request, "--output", file, "--data-dir", data)
+    told("receipt", "get", request, "-o", file, "--data-dir", data)
     found = told("receipt", "verify", file)
     assert (found["valid"], found["member"]) == (True, "local/default/owner")
     public_key = httpx.get(f"{live.url}/v1/signing-key").json()["public_key"]

@@ -81,6 +81,7 @@ def test_a_wrong_call_is_told_in_one_line(say: Say, words: list[str], parts: lis
         (["node", "add", "ftp://x"], ["http"]),
         (["receipt", "get", "req_0"], ["no such receipt"]),
         (["usage", "--since", "9999999w"], ["since_s"]),
+        (["usage", "nobody"], ["no member", "nobody"]),
         (["chat", "--url", "http://127.0.0.1:1"], ["http://127.0.0.1:1", "--url"]),
         (["models", "--url", "no such host"], ["--url"]),
     ],
@@ -128,6 +129,7 @@ def test_nodes_are_told_in_words(say: Say) -> None:
     added = say("node", "add", "http://127.0.0.1:9", "--name", "gpu-1", "--model", "m")
     assert added.splitlines()[0] == "Added the node gpu-1."
     assert "gpu-1" in say("node", "list")
+    assert say("models").splitlines()[1].split() == ["m", "-", "1", "openai", "not", "ready"]
     assert "gpu-1 finishes" in say("node", "drain", "gpu-1")
     assert "gpu-1 takes requests again" in say("node", "resume", "gpu-1")
     assert say("node", "remove", "gpu-1") == "Removed the node gpu-1.\n"
@@ -139,7 +141,7 @@ def test_nothing_used_is_an_empty_table(say: Say) -> None:
     assert say("usage").split() == [
         "member", "model", "requests", "failed", "cancelled", "prompt", "cached", "completion",
     ]  # fmt: skip
-    assert say("usage", "nobody").count("\n") == 1
+    assert say("usage", "local").count("\n") == 1
 
 
 def test_settings_are_told_in_columns(say: Say, data_dir: Path) -> None:
@@ -157,7 +159,7 @@ def test_a_receipt_is_told_in_words(say: Say, data_dir: Path, tmp_path: Path) ->
     file = tmp_path / "receipt.json"
     public_key = recorded(data_dir)
     request = make_receipt(1).request
-    assert say("receipt", "get", request, "--output", file) == f"Wrote {file}.\n"
+    assert say("receipt", "get", request, "-o", file) == f"Wrote {file}.\n"
     assert say("receipt", "verify", file).startswith("Whole, and signed with the key named in it")
     told = say("receipt", "verify", file, "--public-key", public_key.hex())
     assert told.startswith(f"Valid, and signed with the key given: request {request}")

@@ -70,7 +70,12 @@ def pool(services: Services) -> dict[str, object]:
 
 
 async def usage_since(services: Services, request: Request, member: str | None) -> object:
-    """The sums of the last `since_s` seconds, of `member` and all below it, or of all."""
+    """The sums of the last `since_s` seconds, of `member` and all below it, or of all.
+
+    Raises NotFound for a member that there is not: an empty answer would hide a slip.
+    """
+    if member is not None:
+        services.members.check_known(member)
     since_s = query_number(request, "since_s", default=_WEEK_S, high=_LONGEST_S)
     until_ms = int(services.clock.wall() * 1_000) + 1
     since_ms = max(0, until_ms - int(since_s * 1_000))

@@ -37,6 +37,7 @@ _SUMS = (
 )
 _WEEK_S = 604_800.0
 _Since = Annotated[Duration, Parameter(show_default=False)]
+_Output = Annotated[Path | None, Parameter(alias="-o")]
 
 
 def usage(
@@ -66,7 +67,7 @@ def usage(
 
 
 @receipt_app.command(name="get")
-def get(request: str, /, *, output: Path | None = None, at: Anywhere = ANYWHERE) -> None:
+def get(request: str, /, *, output: _Output = None, at: Anywhere = ANYWHERE) -> None:
     """Fetch the receipt of one request, to keep or to check elsewhere.
 
     Example: `anser receipt get chatcmpl-1f2e --output receipt.json`

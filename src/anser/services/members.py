@@ -178,6 +178,11 @@ class Members:
         """All members, by id."""
         return sorted(self._members.values(), key=lambda member: member.id)
 
+    def check_known(self, member: str) -> None:
+        """Raise NotFound unless there is such a member; all anonymous networks count as there."""
+        if member not in self._members and not member.startswith(f"{ANONYMOUS}/"):
+            raise NotFound(f"There is no member {member[:64]!r}.", param="member")
+
     def weight(self, member: str) -> int:
         """The member's weight among its siblings, in thousandths."""
         known = self._members.get(member)
