@@ -363,6 +363,15 @@ def pasted(line: str) -> Any:
     return response.json()
 
 
+def test_serve_names_a_model_of_its_nodes(live: Server, data_dir: Path) -> None:
+    """Without an engine of its own it names a model that a stored node serves, or none."""
+    with serving(data_dir, "--no-engine") as server:
+        assert server.model == ""
+        server.admin("POST", "/nodes", {"url": live.url})
+    with serving(data_dir, "--no-engine") as server:
+        assert server.model == live.model
+
+
 def test_serve_goes_on_when_nobody_reads_what_it_says(data_dir: Path) -> None:
     """`anser serve | head -1` serves on: its output is no reason to stop."""
     command = [sys.executable, "-m", "anser", "serve", "--port", "0", "--no-engine", "--json"]
