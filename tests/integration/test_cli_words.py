@@ -42,6 +42,8 @@ def test_every_command_explains_itself(say: Say, words: str) -> None:
     leads_on = "COMMAND" in told.splitlines()[0]
     assert leads_on or f"`{words}" in told, "no example"
     assert "Exit codes" in told
+    assert "─ Parameters" not in told, "the usage line calls them options"
+    assert "default: False" not in told, "a switch is off until it is given"
 
 
 @pytest.mark.parametrize(

@@ -10,14 +10,17 @@ from cyclopts import App, Parameter
 from cyclopts.validators import Number
 
 from anser.cli.asking import ask
-from anser.cli.common import ANYWHERE, Anywhere, quoted
+from anser.cli.common import ANYWHERE, OPTIONS, Anywhere, quoted
 from anser.cli.messages import tr
 from anser.cli.output import print_json, print_line, print_table, safe
 
 __all__ = ["app"]
 
 app = App(
-    name="node", help="Machines that answer: any server that speaks the OpenAI API.", sort_key=10
+    name="node",
+    help="Machines that answer: any server that speaks the OpenAI API.",
+    sort_key=10,
+    group_parameters=OPTIONS,
 )
 
 

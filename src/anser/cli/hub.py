@@ -11,7 +11,7 @@ __all__ = ["models"]
 
 
 def models(*, at: Anywhere = ANYWHERE) -> None:
-    """List the models that this platform's nodes offer, and whether one can answer now.
+    """List the models of this platform, and whether a node can answer now.
 
     Example: `anser models`
     """

@@ -10,7 +10,7 @@ from cyclopts import App, Parameter
 from cyclopts.validators import Number
 
 from anser.cli.asking import ask
-from anser.cli.common import ANYWHERE, Anywhere, Duration, moment, quoted
+from anser.cli.common import ANYWHERE, OPTIONS, Anywhere, Duration, moment, quoted
 from anser.cli.messages import tr
 from anser.cli.output import print_json, print_line, print_table, safe
 from anser.core.errors import InvalidField
@@ -18,9 +18,17 @@ from anser.core.errors import InvalidField
 __all__ = ["key_app", "member_app"]
 
 member_app = App(
-    name="member", help="Who may use the platform: organisations, projects, persons.", sort_key=10
+    name="member",
+    help="Who may use the platform: organisations, projects, persons.",
+    sort_key=10,
+    group_parameters=OPTIONS,
 )
-key_app = App(name="key", help="Keys, which open the API for a member.", sort_key=10)
+key_app = App(
+    name="key",
+    help="Keys, which open the API for a member.",
+    sort_key=10,
+    group_parameters=OPTIONS,
+)
 
 _LIMITS = ("in_flight_max", "queued_max", "tokens_per_minute", "tokens_per_day")
 _TIMES = ("created_at", "expires_at", "revoked_at")
@@ -152,9 +160,9 @@ def create_key(
     member: str,
     /,
     *,
-    label: str = "",
+    label: Annotated[str, Parameter(show_default=False)] = "",
     expires: Duration | None = None,
-    operator: Annotated[bool, Parameter(negative="")] = False,
+    operator: Annotated[bool, Parameter(negative="", show_default=False)] = False,
     at: Anywhere = ANYWHERE,
 ) -> None:
     """Make a key for a member. It is shown once, here, and stored only as a hash.

@@ -36,13 +36,13 @@ def serve(
     port: int | None = None,
     model: str | None = None,
     engine: bool | None = None,
-    mint_key: Annotated[bool, Parameter(name="--key")] = True,
+    mint_key: Annotated[bool, Parameter(name="--key", show_default=False)] = True,
     at: AtHome = AT_HOME,
 ) -> None:
     """Start a platform here. It prints its address, a key, and how to ask it.
 
-    The first start fetches a small default model. Ctrl-C or SIGTERM lets running answers finish;
-    a second one cuts them short.
+    The first start fetches a small default model, about 100 MB. Ctrl-C or SIGTERM
+    lets running answers finish; a second one cuts them short.
 
     Examples: `anser serve`, `anser serve --port 0 --data-dir /tmp/try`,
     `anser serve --model hf:org/repo/file.gguf`, `anser serve --no-engine`
@@ -58,7 +58,7 @@ def serve(
     engine
         Run a model in this process, or not: then only the nodes that are added answer.
     mint_key
-        Make a key for this start, valid for 30 days.
+        Make a key for this start, valid for 30 days, or make none.
     """
     given: dict[str, object] = {
         "server.host": host,

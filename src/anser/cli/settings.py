@@ -14,9 +14,9 @@ __all__ = ["config"]
 def config(*, at: Anywhere = ANYWHERE) -> None:
     """Show every setting with its value and where it came from.
 
-    They are those of the platform that runs on this data folder, or of another with --url; where
-    none runs, those that one would start with. Settings come from defaults, then the settings file,
-    the environment, and the command line.
+    They are those of the platform that runs on this data folder, or of another
+    with --url; where none runs, those that one would start with. Settings come
+    from defaults, the settings file, the environment, and the command line.
 
     Example: `anser config --data-dir /srv/anser`
     """
