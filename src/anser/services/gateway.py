@@ -52,16 +52,10 @@ from anser.core.scheduler import (
     Weighed,
 )
 from anser.ports import Call, Clock, Engine
-from anser.services.chunks import (
-    Piece,
-    Tally,
-    cut_short,
-    read_embedding_usage,
-    read_opening,
-)
+from anser.services.chunks import Piece, Tally, cut_short, read_embedding_usage, read_opening
 from anser.services.fleet import Fleet
 from anser.services.ledger import Ledger
-from anser.services.members import Members
+from anser.services.members import Members, Reservation
 from anser.services.run import Demand, Run, call_for
 from anser.services.stats import NodeRow, Snapshot, Stats
 
@@ -140,13 +134,16 @@ class Gateway:
         assert self.scheduler.queued + self.scheduler.running <= len(self._runs), self
 
     @asynccontextmanager
-    async def answer(self, demand: Demand) -> AsyncGenerator[Answer]:
+    async def answer(
+        self, demand: Demand, place: Reservation | None = None
+    ) -> AsyncGenerator[Answer]:
         """Admit, queue and start `demand`; yields once its first chunk is there.
 
+        `place` is one that its member has reserved before; without it, one is reserved here.
         Leaving the context before the pieces end cancels the request. Raises LimitReached,
         ModelNotFound, NoNode, QueueTimeout, EngineError, EngineRefused, ShuttingDown.
         """
-        run = self._admit(demand)
+        run = self._admit(demand, place)
         async with AsyncExitStack() as stream:
             try:
                 chunks = await self._first_chunk(run, stream)
@@ -209,11 +206,11 @@ class Gateway:
 
     # Admission
 
-    def _admit(self, demand: Demand) -> Run:
+    def _admit(self, demand: Demand, place: Reservation | None = None) -> Run:
         if self.draining:
             raise ShuttingDown("This platform is stopping.", retry_after_s=_RETRY_AFTER_S)
         self._check_model(demand.model)
-        reservation = self.members.reserve(
+        reservation = place or self.members.reserve(
             demand.member,
             prompt_tokens=demand.prompt_tokens,
             output_tokens_max=demand.output_tokens_max,

@@ -9,13 +9,20 @@ awaits, so two requests can never both take the last place.
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 from anser.config import MemberSettings
 from anser.core import limits
 from anser.core.allowance import Allowance
-from anser.core.errors import Conflict, NotFound, Overloaded, Unauthenticated
+from anser.core.errors import (
+    Conflict,
+    InvalidField,
+    LimitReached,
+    NotFound,
+    Overloaded,
+    Unauthenticated,
+)
 from anser.core.members import (
     ANONYMOUS,
     Key,
@@ -89,6 +96,13 @@ class Reservation:
         self.started()
         self._settled = True
         self.members.settle(self, prompt_tokens=prompt_tokens, completion_tokens=completion_tokens)
+
+    def give_back(self) -> None:
+        """The request never came to be: as if nothing had been taken. Idempotent."""
+        if not self._settled:
+            self.started()
+            self._settled = True
+            self.members.close(self, tokens=0)
 
     def accounts(self) -> tuple[_Account, ...]:
         """The path's accounts, the organisation's first."""
@@ -266,18 +280,47 @@ class Members:
             account.allowance.take(tokens, now)
         return Reservation(self, member, tokens, path)
 
+    def reserve_all(self, member: str, wants: Sequence[tuple[int, int]]) -> tuple[Reservation, ...]:
+        """Take a place for each answer to one request, or none.
+
+        `wants` are their prompts' and longest outputs' tokens. Raises LimitReached, and
+        InvalidField where so many answers would not even fit if nothing else were open.
+        """
+        now, path = self.clock.now(), self._path(member)
+        usual = round(path[-1].output_tokens)
+        sizes = [prompt + min(output, usual) for prompt, output in wants]
+        places: list[Reservation] = []
+        try:
+            for name, account in zip((*ancestry(member), member), path, strict=True):
+                account.allowance.check(_public_name(name), tokens=sum(sizes), now=now)
+            while len(places) < len(wants):
+                places.append(self.reserve(member, prompt_tokens=0, output_tokens_max=0))
+        except LimitReached:
+            for place in places:
+                place.give_back()
+            _check_ever(path, len(wants), now)
+            raise
+        for place, tokens in zip(places, sizes, strict=True):
+            place.tokens = tokens
+            for account in path:
+                account.allowance.adjust(tokens, now)
+        return tuple(places)
+
     def settle(
         self, reservation: Reservation, *, prompt_tokens: int, completion_tokens: int
     ) -> None:
         """Correct a reservation to what its request took; called once, by the reservation."""
-        now, change = self.clock.now(), prompt_tokens + completion_tokens - reservation.tokens
-        path = reservation.accounts()
+        leaf = reservation.accounts()[-1]
+        leaf.output_tokens += _OUTPUT_MEMORY * (completion_tokens - leaf.output_tokens)
+        self.close(reservation, tokens=prompt_tokens + completion_tokens)
+
+    def close(self, reservation: Reservation, *, tokens: int) -> None:
+        """Free a reservation's place and charge `tokens` instead of its estimate."""
+        now, path = self.clock.now(), reservation.accounts()
         for account in path:
             account.allowance.open -= 1
-            account.allowance.adjust(change, now)
-        leaf = path[-1]
-        leaf.output_tokens += _OUTPUT_MEMORY * (completion_tokens - leaf.output_tokens)
-        self._forget_idle(reservation.member, leaf)
+            account.allowance.adjust(tokens - reservation.tokens, now)
+        self._forget_idle(reservation.member, path[-1])
 
     def restore_day(self, member: str, tokens: int) -> None:
         """After a restart: count `tokens` of the last day against the member's daily limit."""
@@ -358,6 +401,19 @@ class Members:
     def _tell(self, member: Member) -> None:
         for listener in self._listeners:
             listener(member.id, member.weight)
+
+
+def _check_ever(path: tuple[_Account, ...], answers: int, now: float) -> None:
+    """Raise InvalidField if `answers` at once exceed the limits of an idle path."""
+    for account in path:
+        idle = Allowance(account.allowance.limits)
+        try:
+            for _ in range(answers):
+                idle.check("", tokens=0, now=now)
+                idle.take(0, now)
+        except LimitReached:
+            message = f"You may never have {answers} answers under way at once: ask for fewer."
+            raise InvalidField(message, param="n") from None
 
 
 def _public_name(member: str) -> str:
