@@ -178,8 +178,8 @@ async def test_several_places_are_taken_together_or_not_at_all() -> None:
     assert left["x-ratelimit-remaining-requests"] == "0"
     assert left["x-ratelimit-remaining-tokens"] == str(1_000 - 100 - 70)
     for place in places:
-        place.give_back()
-        place.give_back()
+        place.withdraw()
+        place.withdraw()
     assert members.limits_left(OWNER)["x-ratelimit-remaining-tokens"] == "900"
     members.validate()
 
@@ -200,7 +200,7 @@ async def test_more_places_than_there_ever_are_is_a_wrong_field() -> None:
     await members.add_member("lab/a")
     held = members.reserve("lab/a", prompt_tokens=1, output_tokens_max=1)
     with pytest.raises(InvalidField) as refused:
-        members.reserve_all("lab/a", [(1, 1)] * 3)
+        members.reserve_all("lab/a", [(1, 1)] * 3, param="n")
     assert refused.value.param == "n"
     with pytest.raises(LimitReached):
         members.reserve_all("lab/a", [(1, 1)] * 2)

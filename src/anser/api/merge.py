@@ -69,18 +69,18 @@ async def answer_all(gateway: Gateway, asked: Asked) -> AsyncGenerator[Answers]:
             yield _Single(answer)
         return
     wants = [(demand.prompt_tokens, demand.output_tokens_max) for demand in asked.demands]
-    places = gateway.members.reserve_all(asked.demands[0].member, wants)
+    places = gateway.members.reserve_all(asked.demands[0].member, wants, param="n")
     try:
         async with _merged(gateway, asked, places) as merged:
             yield merged
     finally:
         for place in places:  # of demands that were refused before they used it
-            place.give_back()
+            place.withdraw()
 
 
 @asynccontextmanager
 async def _merged(
-    gateway: Gateway, asked: Asked, places: tuple[Reservation, ...]
+    gateway: Gateway, asked: Asked, places: list[Reservation]
 ) -> AsyncGenerator[Merged]:
     merged = Merged(asked)
     failure: AnserError | None = None

@@ -52,7 +52,13 @@ from anser.core.scheduler import (
     Weighed,
 )
 from anser.ports import Call, Clock, Engine
-from anser.services.chunks import Piece, Tally, cut_short, read_embedding_usage, read_opening
+from anser.services.chunks import (
+    Piece,
+    Tally,
+    cut_short,
+    read_embedding_usage,
+    read_opening,
+)
 from anser.services.fleet import Fleet
 from anser.services.ledger import Ledger
 from anser.services.members import Members, Reservation
@@ -137,9 +143,8 @@ class Gateway:
     async def answer(
         self, demand: Demand, place: Reservation | None = None
     ) -> AsyncGenerator[Answer]:
-        """Admit, queue and start `demand`; yields once its first chunk is there.
+        """Admit, queue and start `demand`, in a `place` if it has one; yields at its first chunk.
 
-        `place` is one that its member has reserved before; without it, one is reserved here.
         Leaving the context before the pieces end cancels the request. Raises LimitReached,
         ModelNotFound, NoNode, QueueTimeout, EngineError, EngineRefused, ShuttingDown.
         """
@@ -167,9 +172,9 @@ class Gateway:
                     finally:  # also when cancelled once more meanwhile
                         self._cancel(run)
 
-    async def embed(self, demand: Demand) -> Embedded:
+    async def embed(self, demand: Demand, place: Reservation | None = None) -> Embedded:
         """Admit, queue and answer an embeddings demand. Raises as `answer` does."""
-        run = self._admit(demand)
+        run = self._admit(demand, place)
         try:
             data = await self._embed(run)
             usage = read_embedding_usage(data, run.tally)
@@ -206,7 +211,7 @@ class Gateway:
 
     # Admission
 
-    def _admit(self, demand: Demand, place: Reservation | None = None) -> Run:
+    def _admit(self, demand: Demand, place: Reservation | None) -> Run:
         if self.draining:
             raise ShuttingDown("This platform is stopping.", retry_after_s=_RETRY_AFTER_S)
         self._check_model(demand.model)
@@ -236,7 +241,7 @@ class Gateway:
         self._handle(Submitted(request=request))
         if run.ready.done() and (refusal := run.ready.exception()) is not None:
             self._remove(run)  # refused at once: it was never in flight
-            run.reservation.settle(prompt_tokens=0, completion_tokens=0)
+            run.reservation.withdraw()
             raise refusal
         return run
 

@@ -3,7 +3,8 @@
 Theory of operation. All members and keys are held in memory; the store is written first, so what
 is answered has lasted. A key is found by its keyed hash in one dict look-up; no secret is ever
 compared. A reservation checks and takes on the whole path from organisation to person between two
-awaits, so two requests can never both take the last place.
+awaits, so two requests can never both take the last place; several places are taken together, or
+none of them.
 """
 
 from __future__ import annotations
@@ -93,16 +94,18 @@ class Reservation:
         """The request has ended: put what it really took in place of the estimate. Idempotent."""
         if self._settled:
             return
-        self.started()
-        self._settled = True
+        self._end()
         self.members.settle(self, prompt_tokens=prompt_tokens, completion_tokens=completion_tokens)
 
-    def give_back(self) -> None:
-        """The request never came to be: as if nothing had been taken. Idempotent."""
+    def withdraw(self) -> None:
+        """The request has never been admitted: give everything back. Idempotent."""
         if not self._settled:
-            self.started()
-            self._settled = True
-            self.members.close(self, tokens=0)
+            self._end()
+            self.members.withdraw(self)
+
+    def _end(self) -> None:
+        self.started()
+        self._settled = True
 
     def accounts(self) -> tuple[_Account, ...]:
         """The path's accounts, the organisation's first."""
@@ -280,31 +283,39 @@ class Members:
             account.allowance.take(tokens, now)
         return Reservation(self, member, tokens, path)
 
-    def reserve_all(self, member: str, wants: Sequence[tuple[int, int]]) -> tuple[Reservation, ...]:
-        """Take a place for each answer to one request, or none.
+    def reserve_all(
+        self, member: str, tokens: Sequence[tuple[int, int]], *, param: str | None = None
+    ) -> list[Reservation]:
+        """A place for each request of one call, by its prompt and its longest answer; or none.
 
-        `wants` are their prompts' and longest outputs' tokens. Raises LimitReached, and
-        InvalidField where so many answers would not even fit if nothing else were open.
+        Token limits take the call as one request: it fits when they are full, however long.
+        Raises LimitReached, or InvalidField for `param` where so many can never have a place.
         """
+        most = self._places_max(member)
+        if len(tokens) > most:
+            message = (
+                f"{_public_name(member)} may have {most} requests waiting;"
+                f" this call is {len(tokens)} of them. Send fewer in one call."
+            )
+            raise InvalidField(message, param=param)
         now, path = self.clock.now(), self._path(member)
         usual = round(path[-1].output_tokens)
-        sizes = [prompt + min(output, usual) for prompt, output in wants]
+        sizes = [prompt + min(output, usual) for prompt, output in tokens]
+        for name, account in zip((*ancestry(member), member), path, strict=True):
+            account.allowance.check(_public_name(name), tokens=sum(sizes), now=now)
         places: list[Reservation] = []
         try:
-            for name, account in zip((*ancestry(member), member), path, strict=True):
-                account.allowance.check(_public_name(name), tokens=sum(sizes), now=now)
-            while len(places) < len(wants):
+            while len(places) < len(sizes):
                 places.append(self.reserve(member, prompt_tokens=0, output_tokens_max=0))
         except LimitReached:
             for place in places:
-                place.give_back()
-            _check_ever(path, len(wants), now)
+                place.withdraw()
             raise
-        for place, tokens in zip(places, sizes, strict=True):
-            place.tokens = tokens
+        for place, size in zip(places, sizes, strict=True):
+            place.tokens = size
             for account in path:
-                account.allowance.adjust(tokens, now)
-        return tuple(places)
+                account.allowance.adjust(size, now)
+        return places
 
     def settle(
         self, reservation: Reservation, *, prompt_tokens: int, completion_tokens: int
@@ -312,15 +323,31 @@ class Members:
         """Correct a reservation to what its request took; called once, by the reservation."""
         leaf = reservation.accounts()[-1]
         leaf.output_tokens += _OUTPUT_MEMORY * (completion_tokens - leaf.output_tokens)
-        self.close(reservation, tokens=prompt_tokens + completion_tokens)
+        self._free(reservation, prompt_tokens + completion_tokens)
 
-    def close(self, reservation: Reservation, *, tokens: int) -> None:
-        """Free a reservation's place and charge `tokens` instead of its estimate."""
+    def withdraw(self, reservation: Reservation) -> None:
+        """Give a reservation back, as if it had never been; called once, by the reservation."""
+        self._free(reservation, 0)
+
+    def _free(self, reservation: Reservation, taken: int) -> None:
         now, path = self.clock.now(), reservation.accounts()
         for account in path:
             account.allowance.open -= 1
-            account.allowance.adjust(tokens - reservation.tokens, now)
+            account.allowance.adjust(taken - reservation.tokens, now)
         self._forget_idle(reservation.member, path[-1])
+
+    def _places_max(self, member: str) -> int:
+        """How many requests may wait at once, nothing else being in flight."""
+        bounds = (
+            most
+            for account in self._path(member)
+            for most in (
+                account.allowance.limits.queued_max,
+                account.allowance.limits.in_flight_max,
+            )
+            if most is not None
+        )
+        return min(bounds)
 
     def restore_day(self, member: str, tokens: int) -> None:
         """After a restart: count `tokens` of the last day against the member's daily limit."""
@@ -401,19 +428,6 @@ class Members:
     def _tell(self, member: Member) -> None:
         for listener in self._listeners:
             listener(member.id, member.weight)
-
-
-def _check_ever(path: tuple[_Account, ...], answers: int, now: float) -> None:
-    """Raise InvalidField if `answers` at once exceed the limits of an idle path."""
-    for account in path:
-        idle = Allowance(account.allowance.limits)
-        try:
-            for _ in range(answers):
-                idle.check("", tokens=0, now=now)
-                idle.take(0, now)
-        except LimitReached:
-            message = f"You may never have {answers} answers under way at once: ask for fewer."
-            raise InvalidField(message, param="n") from None
 
 
 def _public_name(member: str) -> str:
