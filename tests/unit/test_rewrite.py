@@ -110,7 +110,9 @@ def test_reasoning_is_streamed_under_both_names(name: str) -> None:
 def test_a_delta_without_reasoning_stays_as_it_is() -> None:
     """Only what an engine has sent gets a second name."""
     for delta in ({"content": '"reasoning'}, {"reasoning": "a", "reasoning_content": "b"}, None):
-        assert rewritten({"choices": [{"delta": delta}]})["choices"][0]["delta"] == delta
+        for answers in (1, 2):
+            chunk = rewritten({"choices": [{"delta": delta}]}, of=rewriter(answers))
+            assert chunk["choices"][0]["delta"] == delta
 
 
 def test_logprobs_of_text_have_openais_form() -> None:
