@@ -409,6 +409,17 @@ async def test_a_slow_reader_gets_everything() -> None:
         assert got > 4_096 * 65_536
 
 
+async def test_an_answer_without_length_has_no_chunks_in_http_1_0() -> None:
+    """RFC 9112, 6.1: whoever speaks 1.0 knows no chunks; the end is that of the connection."""
+    async with guarded_server(QUICK) as server, Client.to(server) as client:
+        client.send(b"POST /duplex HTTP/1.0\r\nContent-Length: 0\r\n\r\n")
+        got = await client.reader.read()
+    head, _, body = got.partition(b"\r\n\r\n")
+    assert b"transfer-encoding" not in head
+    assert b"connection: close" in head
+    assert body == b"begunended"
+
+
 # The cap
 
 

@@ -28,6 +28,7 @@ from anser.core.errors import ModelNotFound, NoNode, Overloaded
 from anser.core.ledger import Outcome
 from anser.ports import Call
 from anser.services.hub import Hub
+from anser.services.members import OWNER
 from tests.pool import Pool, open_pool
 
 pytestmark = pytest.mark.anyio
@@ -275,14 +276,64 @@ async def test_a_limit_that_is_reached_says_what_is_left(tmp_path: Path) -> None
     assert answer.headers["x-ratelimit-remaining-requests"] == "0"
 
 
-async def test_several_answers_fail_together(tmp_path: Path) -> None:
-    """If one of `n` is refused at the door, none is left running."""
+async def test_several_answers_are_admitted_together_or_not_at_all(tmp_path: Path) -> None:
+    """Where one of `n` has no place now, none is begun: 429, and no receipt of the others."""
     settings = MemberSettings(in_flight_max=2)
     async with stage(tmp_path, member_settings=settings) as scene:
-        answer = await scene.client().post({**HELLO, "n": 3, "max_tokens": 3_000})
+        first = scene.client()
+        running = asyncio.ensure_future(first.post({**HELLO, "max_tokens": 3_000, "stream": True}))
         async with asyncio.timeout(5):
-            await scene.pool.gateway.empty.wait()
-    assert answer.status == 429
+            while not first.sent:
+                await asyncio.sleep(0.005)
+        refused = await scene.client().post({**HELLO, "n": 2})
+        first.leaving.set()
+        await running
+        again = await scene.client().post({**HELLO, "n": 2})
+        receipts = await scene.pool.receipts()
+    assert (refused.status, again.status) == (429, 200)
+    assert "retry-after" in refused.headers
+    assert len(receipts) == 3
+
+
+async def test_more_answers_than_may_ever_be_are_the_callers_mistake(tmp_path: Path) -> None:
+    """`n` beyond what the limits of an idle member allow is 400: trying again cannot help."""
+    async with stage(tmp_path, member_settings=MemberSettings(in_flight_max=2)) as scene:
+        answer = await scene.client().post({**HELLO, "n": 3})
+        assert await scene.pool.receipts() == []
+    assert answer.status == 400
+    assert answer.error["param"] == "n"
+
+
+async def test_several_answers_refused_at_the_door_leave_no_place_taken(tmp_path: Path) -> None:
+    """Places are reserved before the gateway looks: what it refuses gives them back."""
+    async with stage(tmp_path) as scene:
+        before = scene.pool.members.limits_left(OWNER)
+        scene.pool.gateway.drain()
+        answer = await scene.client().post({**HELLO, "n": 2})
+        assert scene.pool.members.limits_left(OWNER) == before
+    assert answer.status == 503
+
+
+@pytest.mark.parametrize("path", [CHAT, "/v1/completions"])
+async def test_a_stream_has_one_identity(tmp_path: Path, path: str) -> None:
+    """All chunks, that of usage too, have the platform's id, by which the receipt is found."""
+    fields = {"messages": HELLO["messages"]} if path == CHAT else {"prompt": "hello"}
+    options = {"stream": True, "stream_options": {"include_usage": True}}
+    body = {"model": "memory", "max_tokens": 5, **fields, **options}
+    async with stage(tmp_path) as scene:
+        answer = await scene.client().ask("POST", path, json.dumps(body).encode())
+        *events, done, _ = answer.body.decode().split("\n\n")
+        chunks = [json.loads(event.removeprefix("data: ")) for event in events]
+        await scene.pool.receipts()
+        kept = await scene.client().ask("GET", f"/v1/receipts/{chunks[0]['id']}")
+    heads = {
+        tuple(chunk[name] for name in ("id", "object", "created", "model")) for chunk in chunks
+    }
+    assert done == "data: [DONE]"
+    assert len(heads) == 1
+    assert chunks[0]["id"].startswith("chatcmpl-" if path == CHAT else "cmpl-")
+    assert json.loads(kept.body)["receipt"]["request"] == answer.headers["x-request-id"]
+    assert sum("usage" in chunk for chunk in chunks) == 1
 
 
 async def test_more_answers_than_slots_wait_their_turn(tmp_path: Path) -> None:

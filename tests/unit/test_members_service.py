@@ -6,7 +6,7 @@ import pytest
 
 from anser.adapters.memory import MemoryClock, MemoryStore
 from anser.config import MemberSettings
-from anser.core.errors import Conflict, LimitReached, NotFound, Unauthenticated
+from anser.core.errors import Conflict, InvalidField, LimitReached, NotFound, Unauthenticated
 from anser.core.members import ANONYMOUS, Limits, Scope
 from anser.services.members import ANONYMOUS_KEY, OWNER, Members
 
@@ -192,6 +192,52 @@ async def test_a_refusal_takes_nothing_anywhere() -> None:
     second = members.reserve("lab/b", prompt_tokens=1, output_tokens_max=1)
     second.settle(prompt_tokens=0, completion_tokens=0)
     members.validate()
+
+
+async def test_several_places_are_taken_together_or_not_at_all() -> None:
+    """A request of several answers has all of its places, with their tokens, or none."""
+    members = await opened(settings=MemberSettings(in_flight_max=3, tokens_per_minute=1_000))
+    one = members.reserve(OWNER, prompt_tokens=100, output_tokens_max=0)
+    before = members.limits_left(OWNER)
+    for _ in range(3):
+        with pytest.raises(LimitReached, match="in flight"):
+            members.reserve_all(OWNER, [(10, 0)] * 3)
+        assert members.limits_left(OWNER) == before
+    one.settle(prompt_tokens=100, completion_tokens=0)
+    places = members.reserve_all(OWNER, [(10, 0), (20, 30), (10, 0)])
+    assert [place.tokens for place in places] == [10, 50, 10]
+    left = members.limits_left(OWNER)
+    assert left["x-ratelimit-remaining-requests"] == "0"
+    assert left["x-ratelimit-remaining-tokens"] == str(1_000 - 100 - 70)
+    for place in places:
+        place.withdraw()
+        place.withdraw()
+    assert members.limits_left(OWNER)["x-ratelimit-remaining-tokens"] == "900"
+    members.validate()
+
+
+async def test_several_answers_fit_a_token_limit_as_one_request() -> None:
+    """Answers that exceed a token limit together fit when it is full, as one long answer does."""
+    members = await opened(settings=MemberSettings(tokens_per_minute=100))
+    members.reserve_all(OWNER, [(80, 0), (80, 0)])
+    with pytest.raises(LimitReached, match="about 2 ") as refused:
+        members.reserve_all(OWNER, [(1, 0), (1, 0)])
+    assert refused.value.retry_after_s == pytest.approx(62 * 60 / 100)
+
+
+async def test_more_places_than_there_ever_are_is_a_wrong_field() -> None:
+    """What waiting cannot mend is not called a limit reached, whoever's limit on the path it is."""
+    members = await opened()
+    await members.add_member("lab", member_limits=Limits(in_flight_max=2))
+    await members.add_member("lab/a")
+    held = members.reserve("lab/a", prompt_tokens=1, output_tokens_max=1)
+    with pytest.raises(InvalidField) as refused:
+        members.reserve_all("lab/a", [(1, 1)] * 3, param="n")
+    assert refused.value.param == "n"
+    with pytest.raises(LimitReached):
+        members.reserve_all("lab/a", [(1, 1)] * 2)
+    held.settle(prompt_tokens=1, completion_tokens=1)
+    assert len(members.reserve_all("lab/a", [(1, 1)] * 2)) == 2
 
 
 async def test_waiting_places_are_freed_by_starting_and_taken_by_a_retry() -> None:

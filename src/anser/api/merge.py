@@ -1,12 +1,13 @@
 """The answers to one request as one: a single one as it is, several (`n`, prompts) merged.
 
-Theory of operation. Each demand runs in a task of its own and puts its pieces, in the order in
-which they come, into one bounded queue; whoever reads the merged answer takes them from there,
-each with its choice's index. The first answer to begin begins the whole; if one fails, so does
-the whole, and the others are cancelled at their engines.
+Theory of operation. All demands get their place in the member's limits at once, or none does. Then
+each runs in a task of its own and puts its pieces, in the order in which they come, into one
+bounded queue; whoever reads the merged answer takes them from there, each with its choice's index.
+The first answer to begin begins the whole; if one fails, so does the whole, and the others are
+cancelled at their engines.
 
 Invariants: the queue holds at most STREAM_BUFFER_MAX entries, so a slow reader slows every engine;
-no task outlives `answer_all`.
+no task and no place outlives `answer_all`.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ from anser.core.errors import AnserError
 from anser.core.ledger import Usage
 from anser.core.limits import STREAM_BUFFER_MAX
 from anser.services.chunks import Piece
-from anser.services.gateway import Answer, Demand, Gateway
+from anser.services.gateway import Answer, Gateway
+from anser.services.members import Reservation
 
 __all__ = ["Answers", "Merged", "Part", "answer_all"]
 
@@ -66,12 +68,26 @@ async def answer_all(gateway: Gateway, asked: Asked) -> AsyncGenerator[Answers]:
         async with gateway.answer(asked.demands[0]) as answer:
             yield _Single(answer)
         return
+    wants = [(demand.prompt_tokens, demand.output_tokens_max) for demand in asked.demands]
+    places = gateway.members.reserve_all(asked.demands[0].member, wants, param="n")
+    try:
+        async with _merged(gateway, asked, places) as merged:
+            yield merged
+    finally:
+        for place in places:  # of demands that were refused before they used it
+            place.withdraw()
+
+
+@asynccontextmanager
+async def _merged(
+    gateway: Gateway, asked: Asked, places: list[Reservation]
+) -> AsyncGenerator[Merged]:
     merged = Merged(asked)
     failure: AnserError | None = None
     async with asyncio.TaskGroup() as group:
         tasks = [
-            group.create_task(merged.run(gateway, index, demand))
-            for index, demand in enumerate(asked.demands)
+            group.create_task(merged.run(gateway, index, place))
+            for index, place in enumerate(places)
         ]
         try:
             await merged.begin()
@@ -158,10 +174,10 @@ class Merged:
         assert isinstance(entry, Answer)
         self.node, self.limits = entry.node, entry.limits
 
-    async def run(self, gateway: Gateway, index: int, demand: Demand) -> None:
+    async def run(self, gateway: Gateway, index: int, place: Reservation) -> None:
         """Carry one answer into the queue."""
         try:
-            async with gateway.answer(demand) as answer:
+            async with gateway.answer(self.asked.demands[index], place) as answer:
                 self._answers[index] = answer
                 await self._queue.put(answer)
                 async for piece in answer:

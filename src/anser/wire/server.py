@@ -25,7 +25,11 @@ from typing import Any, ClassVar
 
 import httptools
 import msgspec
-from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import (
+    STATUS_LINE,
+    HttpToolsProtocol,
+    RequestResponseCycle,
+)
 
 from anser.core import limits
 from anser.core.errors import (
@@ -198,6 +202,8 @@ class GuardedProtocol(HttpToolsProtocol):
             raise Malformed("Protocols are not switched here: send this without Upgrade.")
         self._head_seen = True
         super().on_headers_complete()
+        if version == "1.0":
+            self.cycle.__class__ = _OldCycle
         self._busy = True
 
     def on_message_complete(self) -> None:
@@ -284,6 +290,18 @@ class GuardedProtocol(HttpToolsProtocol):
         else:
             self.transport.close()
             self._time_write()
+
+
+class _OldCycle(RequestResponseCycle):
+    """An answer in HTTP/1.0, which has no chunks (RFC 9112, 6.1): its end is the connection's."""
+
+    async def send(self, message: Any) -> None:
+        """Called by the application."""
+        while self.flow.write_paused and not self.disconnected:
+            await self.flow.drain()
+        self.chunked_encoding = False
+        self.expected_content_length = len(message.get("body", b""))  # read before another sends
+        await super().send(message)
 
 
 class _Timer:
