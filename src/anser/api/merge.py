@@ -1,6 +1,7 @@
 """The answers to one request as one: a single one as it is, several (`n`, prompts) merged.
 
-Theory of operation. Each demand runs in a task of its own and puts its pieces, in the order in
+Theory of operation. All demands have their places in the member's limits before the first of them
+starts, or none has. Each demand runs in a task of its own and puts its pieces, in the order in
 which they come, into one bounded queue; whoever reads the merged answer takes them from there,
 each with its choice's index. The first answer to begin begins the whole; if one fails, so does
 the whole, and the others are cancelled at their engines.
@@ -12,8 +13,8 @@ no task outlives `answer_all`.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Generator, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -23,8 +24,9 @@ from anser.core.ledger import Usage
 from anser.core.limits import STREAM_BUFFER_MAX
 from anser.services.chunks import Piece
 from anser.services.gateway import Answer, Demand, Gateway
+from anser.services.members import Members, Reservation
 
-__all__ = ["Answers", "Merged", "Part", "answer_all"]
+__all__ = ["Answers", "Merged", "Part", "answer_all", "places_for"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,20 +70,36 @@ async def answer_all(gateway: Gateway, asked: Asked) -> AsyncGenerator[Answers]:
         return
     merged = Merged(asked)
     failure: AnserError | None = None
-    async with asyncio.TaskGroup() as group:
-        tasks = [
-            group.create_task(merged.run(gateway, index, demand))
-            for index, demand in enumerate(asked.demands)
-        ]
-        try:
-            await merged.begin()
-            yield merged
-        except AnserError as error:
-            failure = error
-        for task in tasks:
-            task.cancel()
+    with places_for(gateway.members, asked.demands) as places:
+        async with asyncio.TaskGroup() as group:
+            tasks = [
+                group.create_task(merged.run(index, gateway.answer(demand, place)))
+                for index, (demand, place) in enumerate(zip(asked.demands, places, strict=True))
+            ]
+            try:
+                await merged.begin()
+                yield merged
+            except AnserError as error:
+                failure = error
+            for task in tasks:
+                task.cancel()
     if failure is not None:
         raise failure
+
+
+@contextmanager
+def places_for(members: Members, demands: Sequence[Demand]) -> Generator[list[Reservation]]:
+    """A place for each demand of one request; those that are left over are given back.
+
+    Raises LimitReached, or RequestError where the member can never have so many.
+    """
+    sizes = [(demand.prompt_tokens, demand.output_tokens_max) for demand in demands]
+    places = members.reserve_all(demands[0].member, sizes)
+    try:
+        yield places
+    finally:
+        for place in places:
+            place.withdraw()
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,10 +176,10 @@ class Merged:
         assert isinstance(entry, Answer)
         self.node, self.limits = entry.node, entry.limits
 
-    async def run(self, gateway: Gateway, index: int, demand: Demand) -> None:
+    async def run(self, index: int, answering: AbstractAsyncContextManager[Answer]) -> None:
         """Carry one answer into the queue."""
         try:
-            async with gateway.answer(demand) as answer:
+            async with answering as answer:
                 self._answers[index] = answer
                 await self._queue.put(answer)
                 async for piece in answer:

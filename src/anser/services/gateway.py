@@ -61,7 +61,7 @@ from anser.services.chunks import (
 )
 from anser.services.fleet import Fleet
 from anser.services.ledger import Ledger
-from anser.services.members import Members
+from anser.services.members import Members, Reservation
 from anser.services.run import Demand, Run, call_for
 from anser.services.stats import NodeRow, Snapshot, Stats
 
@@ -140,13 +140,15 @@ class Gateway:
         assert self.scheduler.queued + self.scheduler.running <= len(self._runs), self
 
     @asynccontextmanager
-    async def answer(self, demand: Demand) -> AsyncGenerator[Answer]:
-        """Admit, queue and start `demand`; yields once its first chunk is there.
+    async def answer(
+        self, demand: Demand, place: Reservation | None = None
+    ) -> AsyncGenerator[Answer]:
+        """Admit, queue and start `demand`, in a `place` if it has one; yields at its first chunk.
 
         Leaving the context before the pieces end cancels the request. Raises LimitReached,
         ModelNotFound, NoNode, QueueTimeout, EngineError, EngineRefused, ShuttingDown.
         """
-        run = self._admit(demand)
+        run = self._admit(demand, place)
         async with AsyncExitStack() as stream:
             try:
                 chunks = await self._first_chunk(run, stream)
@@ -170,9 +172,9 @@ class Gateway:
                     finally:  # also when cancelled once more meanwhile
                         self._cancel(run)
 
-    async def embed(self, demand: Demand) -> Embedded:
+    async def embed(self, demand: Demand, place: Reservation | None = None) -> Embedded:
         """Admit, queue and answer an embeddings demand. Raises as `answer` does."""
-        run = self._admit(demand)
+        run = self._admit(demand, place)
         try:
             data = await self._embed(run)
             usage = read_embedding_usage(data, run.tally)
@@ -209,11 +211,11 @@ class Gateway:
 
     # Admission
 
-    def _admit(self, demand: Demand) -> Run:
+    def _admit(self, demand: Demand, place: Reservation | None) -> Run:
         if self.draining:
             raise ShuttingDown("This platform is stopping.", retry_after_s=_RETRY_AFTER_S)
         self._check_model(demand.model)
-        reservation = self.members.reserve(
+        reservation = place or self.members.reserve(
             demand.member,
             prompt_tokens=demand.prompt_tokens,
             output_tokens_max=demand.output_tokens_max,
@@ -239,7 +241,7 @@ class Gateway:
         self._handle(Submitted(request=request))
         if run.ready.done() and (refusal := run.ready.exception()) is not None:
             self._remove(run)  # refused at once: it was never in flight
-            run.reservation.settle(prompt_tokens=0, completion_tokens=0)
+            run.reservation.withdraw()
             raise refusal
         return run
 

@@ -3,19 +3,27 @@
 Theory of operation. All members and keys are held in memory; the store is written first, so what
 is answered has lasted. A key is found by its keyed hash in one dict look-up; no secret is ever
 compared. A reservation checks and takes on the whole path from organisation to person between two
-awaits, so two requests can never both take the last place.
+awaits, so two requests can never both take the last place; several places are taken together, or
+none of them.
 """
 
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 from anser.config import MemberSettings
 from anser.core import limits
 from anser.core.allowance import Allowance
-from anser.core.errors import Conflict, NotFound, Overloaded, Unauthenticated
+from anser.core.errors import (
+    Conflict,
+    LimitReached,
+    NotFound,
+    Overloaded,
+    RequestError,
+    Unauthenticated,
+)
 from anser.core.members import (
     ANONYMOUS,
     Key,
@@ -86,9 +94,18 @@ class Reservation:
         """The request has ended: put what it really took in place of the estimate. Idempotent."""
         if self._settled:
             return
+        self._end()
+        self.members.settle(self, prompt_tokens=prompt_tokens, completion_tokens=completion_tokens)
+
+    def withdraw(self) -> None:
+        """The request has never been admitted: give everything back. Idempotent."""
+        if not self._settled:
+            self._end()
+            self.members.withdraw(self)
+
+    def _end(self) -> None:
         self.started()
         self._settled = True
-        self.members.settle(self, prompt_tokens=prompt_tokens, completion_tokens=completion_tokens)
 
     def accounts(self) -> tuple[_Account, ...]:
         """The path's accounts, the organisation's first."""
@@ -266,18 +283,59 @@ class Members:
             account.allowance.take(tokens, now)
         return Reservation(self, member, tokens, path)
 
+    def reserve_all(self, member: str, tokens: Sequence[tuple[int, int]]) -> list[Reservation]:
+        """A place for each request of one call, by its prompt and its longest answer; or none.
+
+        Raises LimitReached, or RequestError where so many can never have a place.
+        """
+        most = self._places_max(member)
+        if len(tokens) > most:
+            message = (
+                f"{_public_name(member)} may have {most} requests waiting;"
+                f" this call is {len(tokens)} of them. Send fewer in one call."
+            )
+            raise RequestError(message)
+        places: list[Reservation] = []
+        try:
+            for prompt, output in tokens:
+                places.append(self.reserve(member, prompt_tokens=prompt, output_tokens_max=output))
+        except LimitReached:
+            for place in places:
+                place.withdraw()
+            raise
+        return places
+
     def settle(
         self, reservation: Reservation, *, prompt_tokens: int, completion_tokens: int
     ) -> None:
         """Correct a reservation to what its request took; called once, by the reservation."""
-        now, change = self.clock.now(), prompt_tokens + completion_tokens - reservation.tokens
-        path = reservation.accounts()
+        leaf = reservation.accounts()[-1]
+        leaf.output_tokens += _OUTPUT_MEMORY * (completion_tokens - leaf.output_tokens)
+        self._free(reservation, prompt_tokens + completion_tokens)
+
+    def withdraw(self, reservation: Reservation) -> None:
+        """Give a reservation back, as if it had never been; called once, by the reservation."""
+        self._free(reservation, 0)
+
+    def _free(self, reservation: Reservation, taken: int) -> None:
+        now, path = self.clock.now(), reservation.accounts()
         for account in path:
             account.allowance.open -= 1
-            account.allowance.adjust(change, now)
-        leaf = path[-1]
-        leaf.output_tokens += _OUTPUT_MEMORY * (completion_tokens - leaf.output_tokens)
-        self._forget_idle(reservation.member, leaf)
+            account.allowance.adjust(taken - reservation.tokens, now)
+        self._forget_idle(reservation.member, path[-1])
+
+    def _places_max(self, member: str) -> int:
+        """How many requests may wait at once, nothing else being in flight."""
+        bounds = (
+            most
+            for account in self._path(member)
+            for most in (
+                account.allowance.limits.queued_max,
+                account.allowance.limits.in_flight_max,
+            )
+            if most is not None
+        )
+        return min(bounds)
 
     def restore_day(self, member: str, tokens: int) -> None:
         """After a restart: count `tokens` of the last day against the member's daily limit."""
