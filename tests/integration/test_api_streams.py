@@ -363,6 +363,7 @@ async def test_who_does_not_read_is_cut_off(server: Server) -> None:
         reader, writer = await asyncio.open_connection("127.0.0.1", server.port, limit=1_024)
         body = json.dumps({**HELLO, "stream": True, "max_tokens": 10**6}).encode()
         lines = ["POST /v1/chat/completions HTTP/1.1", "Host: x", f"Content-Length: {len(body)}"]
+        lines += ["Content-Type: application/json"]
         lines += [f"Authorization: Bearer {server.key}", "", ""]
         writer.write("\r\n".join(lines).encode() + body)
         assert await reader.readline() == b"HTTP/1.1 200 OK\r\n"

@@ -257,6 +257,66 @@ async def test_waiting_places_are_freed_by_starting_and_taken_by_a_retry() -> No
     members.validate()
 
 
+async def test_by_default_waiting_ends_at_its_own_limit() -> None:
+    """Whatever runs, `queued_max` more may wait, and not one above; so both limits are met."""
+    settings = MemberSettings()
+    members = await opened(settings=settings)
+    for _ in range(settings.in_flight_max - settings.queued_max):
+        members.reserve(OWNER, prompt_tokens=1, output_tokens_max=1).started()
+    for _ in range(settings.queued_max - 1):
+        members.reserve(OWNER, prompt_tokens=1, output_tokens_max=1)
+    last = members.reserve(OWNER, prompt_tokens=1, output_tokens_max=1)
+    with pytest.raises(LimitReached, match="in flight") as refused:
+        members.reserve(OWNER, prompt_tokens=1, output_tokens_max=1)
+    assert refused.value.retry_after_s
+    last.settle(prompt_tokens=0, completion_tokens=0)
+    held = members.reserve(OWNER, prompt_tokens=1, output_tokens_max=1)
+    held.withdraw()
+    members.validate()
+
+
+async def test_waiting_is_refused_while_few_run() -> None:
+    """With a few requests running, the member's queue is refused at its limit, no earlier."""
+    settings = MemberSettings()
+    members = await opened(settings=settings)
+    for _ in range(4):
+        members.reserve(OWNER, prompt_tokens=1, output_tokens_max=1).started()
+    for _ in range(settings.queued_max):
+        members.reserve(OWNER, prompt_tokens=1, output_tokens_max=1)
+    with pytest.raises(LimitReached, match="waiting, the most") as refused:
+        members.reserve(OWNER, prompt_tokens=1, output_tokens_max=1)
+    assert refused.value.retry_after_s
+    members.validate()
+
+
+async def test_places_are_taken_together_or_not_at_all() -> None:
+    """Of several places either all are taken, or none; given back, none is lost."""
+    members = await opened(settings=MemberSettings(queued_max=3, tokens_per_minute=1_000))
+    places = members.reserve_all(OWNER, [(10, 10)] * 2)
+    with pytest.raises(LimitReached, match="waiting"):
+        members.reserve_all(OWNER, [(10, 10)] * 2)
+    places += members.reserve_all(OWNER, [(10, 10)])
+    for place in places:
+        place.withdraw()
+        place.withdraw()
+        place.settle(prompt_tokens=10, completion_tokens=10)
+    (again, *_) = members.reserve_all(OWNER, [(0, 1_000)] * 3)
+    assert again.headers()["x-ratelimit-remaining-tokens"] == str(1_000 - 3 * 256)
+    members.validate()
+
+
+@pytest.mark.parametrize(
+    "most", [MemberSettings(queued_max=3), MemberSettings(in_flight_max=3)], ids=repr
+)
+async def test_more_places_than_a_member_has_are_a_mistake(most: MemberSettings) -> None:
+    """What no waiting could make fit is not the 429 that clients try again, but a 400."""
+    members = await opened(settings=most)
+    with pytest.raises(InvalidField, match="may have 3 requests waiting") as refused:
+        members.reserve_all(OWNER, [(1, 1)] * 4)
+    assert refused.value.status == 400
+    assert len(members.reserve_all(OWNER, [(1, 1)] * 3)) == 3
+
+
 async def test_tokens_are_taken_by_estimate_and_settled_by_fact() -> None:
     """A short answer gives back what was reserved; the headers tell what is left."""
     members = await opened(settings=MemberSettings(tokens_per_minute=1_000))
@@ -267,7 +327,7 @@ async def test_tokens_are_taken_by_estimate_and_settled_by_fact() -> None:
     assert after.headers()["x-ratelimit-remaining-tokens"] == "890"
     assert after.headers()["x-ratelimit-limit-tokens"] == "1000"
     assert after.headers()["x-ratelimit-reset-tokens"] == "6.600s"
-    assert after.headers()["x-ratelimit-remaining-requests"] == "63"
+    assert after.headers()["x-ratelimit-remaining-requests"] == "511"
 
 
 async def test_the_usual_answer_is_learnt() -> None:
@@ -309,7 +369,7 @@ async def test_idle_buckets_leave_nothing_behind() -> None:
     for each in held:
         each.settle(prompt_tokens=1, completion_tokens=1)
     assert "open=1>" in repr(members)  # the anonymous organisation itself
-    for _ in range(64):
+    for _ in range(MemberSettings().queued_max):
         members.reserve("anonymous/bucket-1", prompt_tokens=1, output_tokens_max=1)
     with pytest.raises(LimitReached, match="Anonymous use from your network"):
         members.reserve("anonymous/bucket-1", prompt_tokens=1, output_tokens_max=1)

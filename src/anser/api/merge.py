@@ -13,8 +13,8 @@ no task and no place outlives `answer_all`.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Generator, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -23,10 +23,10 @@ from anser.core.errors import AnserError
 from anser.core.ledger import Usage
 from anser.core.limits import STREAM_BUFFER_MAX
 from anser.services.chunks import Piece
-from anser.services.gateway import Answer, Gateway
-from anser.services.members import Reservation
+from anser.services.gateway import Answer, Demand, Gateway
+from anser.services.members import Members, Reservation
 
-__all__ = ["Answers", "Merged", "Part", "answer_all"]
+__all__ = ["Answers", "Merged", "Part", "answer_all", "places_for"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,14 +68,9 @@ async def answer_all(gateway: Gateway, asked: Asked) -> AsyncGenerator[Answers]:
         async with gateway.answer(asked.demands[0]) as answer:
             yield _Single(answer)
         return
-    wants = [(demand.prompt_tokens, demand.output_tokens_max) for demand in asked.demands]
-    places = gateway.members.reserve_all(asked.demands[0].member, wants, param="n")
-    try:
+    with places_for(gateway.members, asked.demands, param="n") as places:
         async with _merged(gateway, asked, places) as merged:
             yield merged
-    finally:
-        for place in places:  # of demands that were refused before they used it
-            place.withdraw()
 
 
 @asynccontextmanager
@@ -98,6 +93,23 @@ async def _merged(
             task.cancel()
     if failure is not None:
         raise failure
+
+
+@contextmanager
+def places_for(
+    members: Members, demands: Sequence[Demand], *, param: str
+) -> Generator[list[Reservation]]:
+    """A place for each demand of one request; those that are left over are given back.
+
+    Raises LimitReached, or InvalidField for `param` where the member can never have so many.
+    """
+    sizes = [(demand.prompt_tokens, demand.output_tokens_max) for demand in demands]
+    places = members.reserve_all(demands[0].member, sizes, param=param)
+    try:
+        yield places
+    finally:
+        for place in places:
+            place.withdraw()
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,6 +6,9 @@ is exact. A request takes its estimate when it is admitted and gives back or pay
 when it ends; a bucket may therefore be in debt. Times are monotonic seconds, so a clock that jumps
 changes nothing.
 
+A request is open from its admission to its end, and queued while it waits for a slot: the one limit
+bounds both kinds together, the other those that wait.
+
 Invariants: 0 <= queued <= open; a bucket's level never exceeds its limit.
 """
 
@@ -79,7 +82,8 @@ class Allowance:
         limits = self.limits
         if limits.in_flight_max is not None and self.open >= limits.in_flight_max:
             raise LimitReached(
-                f"{member} has {self.open} requests in flight, the most that it may.",
+                f"{member} has {self.open} requests in flight, waiting or running,"
+                " the most that it may.",
                 retry_after_s=1.0,
             )
         if limits.queued_max is not None and self.queued >= limits.queued_max:
