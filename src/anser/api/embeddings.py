@@ -15,6 +15,7 @@ from anser.api.fields import EmbeddingFields
 from anser.api.models import served
 from anser.api.openai import node_headers
 from anser.core.errors import ContextTooLong, EngineBroken, InvalidField
+from anser.core.fleet import Ability
 from anser.ports import Route
 from anser.services.gateway import Demand, Embedded
 from anser.services.members import Principal
@@ -65,7 +66,7 @@ def to_base64(vector: list[float]) -> str:
 
 
 def _demand(asker: Asker, fields: EmbeddingFields, texts: tuple[str, ...]) -> Demand:
-    model = served(asker.services, fields.model)
+    model = served(asker.services, fields.model, Ability.EMBEDDINGS)
     longest = max(len(text) for text in texts) // _CHARS_PER_TOKEN_MAX
     if model.context_tokens is not None and longest > model.context_tokens:
         message = (
