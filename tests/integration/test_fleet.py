@@ -155,6 +155,22 @@ async def test_a_node_that_serves_no_such_model() -> None:
         assert status.error == "It serves no model."
 
 
+async def test_a_web_server_is_no_node() -> None:
+    """What answers HTTP but is no engine is listed, down, with unknown slots, and told why."""
+
+    async def files(talk: Talk) -> None:
+        while True:
+            await talk.request()
+            await talk.say(answer(b"<h1>Not found</h1>", status="404 File not found"))
+
+    async with Hostile(files) as server, fleet_of() as (fleet, watcher):
+        status = await fleet.add(Node(id="files", url=server.url))
+        assert (status.state, status.slots, status.usable) == (NodeState.DOWN, None, 0)
+        assert status.error is not None
+        assert "no OpenAI-compatible engine" in status.error
+        assert watcher.slots("files") == 0
+
+
 @pytest.mark.parametrize(
     ("node", "error", "param"),
     [

@@ -25,6 +25,7 @@ from anser.api.models import served
 from anser.api.routes import ROUTES, find_direct
 from anser.config import Config, Loaded, MemberSettings, ServerSettings
 from anser.core.errors import ModelNotFound, NoNode, Overloaded
+from anser.core.fleet import Ability
 from anser.core.ledger import Outcome
 from anser.core.limits import EMBEDDING_BATCH_MAX, EMBEDDING_INPUTS_MAX, PROMPTS_MAX
 from anser.ports import Call
@@ -448,13 +449,13 @@ async def test_a_client_that_gives_no_answer_to_read_is_no_error(tmp_path: Path)
 async def test_models_that_are_and_are_not(tmp_path: Path) -> None:
     """A model is served, or known without a node, or unknown with near names."""
     async with stage(tmp_path) as scene:
-        assert served(scene.services, "memory").model == "memory"
+        assert served(scene.services, "memory", Ability.CHAT).model == "memory"
         with pytest.raises(ModelNotFound, match="Near names: memory"):
-            served(scene.services, "memori")
+            served(scene.services, "memori", Ability.CHAT)
         with pytest.raises(ModelNotFound):
-            served(scene.services, "x" * 100_000)
+            served(scene.services, "x" * 100_000, Ability.CHAT)
         with pytest.raises(NoNode):
-            served(scene.services, "smollm2-135m-instruct")
+            served(scene.services, "smollm2-135m-instruct", Ability.CHAT)
 
 
 async def test_every_address_answers(tmp_path: Path) -> None:

@@ -19,12 +19,12 @@ from anser import __version__
 from anser.api.auth import Doorkeeper
 from anser.api.context import Services
 from anser.api.reply import Handler, json_route, operator_of, query_text, read
-from anser.api.usage import pool, request_of, usage_since
+from anser.api.usage import node_object, pool, request_of, usage_since
 from anser.config import shown, without_password
 from anser.core.errors import InvalidField
 from anser.core.fleet import Node
 from anser.core.members import Key, Limits, Member, Scope
-from anser.services.fleet import NodeStatus
+from anser.services.pool import NodeView, view_of
 
 __all__ = [
     "PATHS",
@@ -147,7 +147,7 @@ class _Admin:
         return _key(await self._services.members.revoke_key(request.path_params["key"]))
 
     async def list_nodes(self, _: Request) -> object:
-        return {"nodes": [self._node(status) for status in self._services.fleet.statuses()]}
+        return {"nodes": list(self._nodes().values())}
 
     async def add_node(self, request: Request) -> object:
         body = await read(request, NodeBody)
@@ -159,19 +159,20 @@ class _Admin:
             key_file=body.key_file,
             jurisdiction=body.jurisdiction,
         )
-        return self._node(await self._services.fleet.add(node))
+        added = await self._services.fleet.add(node)
+        return self._nodes()[added.node.id]
 
     async def drain_node(self, request: Request) -> object:
         await read(request, Nothing)
         node = str(request.path_params["node"])
         await self._services.fleet.drain(node)
-        return self._node(self._services.fleet.status(node))
+        return self._nodes()[node]
 
     async def resume_node(self, request: Request) -> object:
         await read(request, Nothing)
         node = str(request.path_params["node"])
         await self._services.fleet.resume(node)
-        return self._node(self._services.fleet.status(node))
+        return self._nodes()[node]
 
     async def remove_node(self, request: Request) -> object:
         node = str(request.path_params["node"])
@@ -215,23 +216,9 @@ class _Admin:
             "size_bytes": model.file.size_bytes,
         }
 
-    def _node(self, status: NodeStatus) -> dict[str, object]:
-        node = status.node
-        running = {row.node: row.running for row in self._services.gateway.snapshot().nodes}
-        return {
-            "id": node.id,
-            "url": without_password(node.url),
-            "state": status.state.value,
-            "engine": None if status.kind is None else status.kind.value,
-            "version": status.version,
-            "models": sorted({offer.model for offer in status.offers}),
-            "slots": status.slots,
-            "busy": running.get(node.id, 0),
-            "model": node.model,
-            "key_file": node.key_file,
-            "jurisdiction": node.jurisdiction,
-            "error": status.error,
-        }
+    def _nodes(self) -> dict[str, dict[str, object]]:
+        views = view_of(self._services.fleet, self._services.gateway).nodes
+        return {view.status.node.id: _node(view) for view in views}
 
 
 _Handler = Callable[[_Admin, Request], Awaitable[object]]
@@ -272,6 +259,17 @@ def routes(services: Services, doorkeeper: Doorkeeper) -> list[Route]:
     for method, path, handler in _TABLE:
         table.setdefault(path, {})[method] = guarded(handler)
     return [json_route(path, handlers) for path, handlers in table.items()]
+
+
+def _node(view: NodeView) -> dict[str, object]:
+    """A node as its operators see it."""
+    node = view.status.node
+    return node_object(view) | {
+        "url": without_password(node.url),
+        "model": node.model,
+        "key_file": node.key_file,
+        "error": view.status.error,
+    }
 
 
 def _member(member: Member) -> dict[str, object]:

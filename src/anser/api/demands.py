@@ -21,6 +21,7 @@ from anser.api.messages import engine_message
 from anser.api.models import Served, served
 from anser.api.tools import engine_format, engine_tools
 from anser.core.errors import ContextTooLong, InvalidField, UnknownField
+from anser.core.fleet import Ability
 from anser.core.limits import PROMPTS_MAX
 from anser.core.sampling import HINTS, sampling_fields
 from anser.ports import Route
@@ -130,7 +131,7 @@ class _Job:
     def asked(self, prompts: tuple[_Prompt, ...], forwarded: frozenset[str]) -> Asked:
         """One demand for each answer to each prompt."""
         fields = self.fields
-        model = served(self.asker.services, fields.model)
+        model = served(self.asker.services, fields.model, Ability.CHAT)
         common = self._forward(forwarded) | self._forward_extra(model)
         options = fields.stream_options
         if options is not None and not fields.stream:

@@ -22,6 +22,7 @@ from anser.api.merge import places_for
 from anser.api.models import served
 from anser.api.openai import node_headers
 from anser.core.errors import ContextTooLong, EngineBroken, InvalidField
+from anser.core.fleet import Ability
 from anser.core.ledger import Usage
 from anser.core.limits import EMBEDDING_BATCH_MAX, EMBEDDINGS_BYTES_MAX
 from anser.ports import Route
@@ -75,7 +76,7 @@ def to_base64(vector: list[float]) -> str:
 def _demands(asker: Asker, fields: EmbeddingFields) -> list[Demand]:
     """One demand for each batch of inputs. Raises RequestError, NoNode."""
     texts = plain_texts(fields.input, param="input")
-    model = served(asker.services, fields.model)
+    model = served(asker.services, fields.model, Ability.EMBEDDINGS)
     longest = max(len(text) for text in texts) // _CHARS_PER_TOKEN_MAX
     if model.context_tokens is not None and longest > model.context_tokens:
         message = (

@@ -80,6 +80,11 @@ class NodeStatus:
     error: str | None = None
     latency_s: float | None = None  # of its last answer to what it serves
 
+    @property
+    def ready(self) -> bool:
+        """Whether it is up and serves something."""
+        return self.state is NodeState.UP and bool(self.offers)
+
 
 @dataclass(slots=True, kw_only=True)
 class _Entry:
