@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+import asyncio
+
 import pytest
 
 from anser.adapters.memory import MemoryClock, MemoryStore
 from anser.config import MemberSettings
-from anser.core.errors import Conflict, LimitReached, NotFound, Unauthenticated
-from anser.core.members import ANONYMOUS, Limits, Scope
-from anser.services.members import ANONYMOUS_KEY, OWNER, Members
+from anser.core import limits
+from anser.core.errors import (
+    Conflict,
+    LimitReached,
+    NotFound,
+    Overloaded,
+    StoreFull,
+    Unauthenticated,
+)
+from anser.core.members import ANONYMOUS, Key, Limits, Member, Scope
+from anser.services.members import ANONYMOUS_KEY, OWNER, Members, Spent
 
 pytestmark = pytest.mark.anyio
 
@@ -79,7 +89,7 @@ async def test_a_key_ends_when_it_expires_or_is_revoked() -> None:
     again = await opened(store=store, clock=clock)
     with pytest.raises(Unauthenticated):
         again.authenticate(long, peer="::1")
-    assert again.keys() == []  # what no longer opens anything is forgotten at the next start
+    assert again.keys() == members.keys()  # what no longer opens anything stays listed
     with pytest.raises(NotFound):
         await members.revoke_key("key_nobody")
 
@@ -197,17 +207,159 @@ async def test_the_usual_answer_is_learnt() -> None:
     members = await opened(settings=MemberSettings(tokens_per_minute=10_000))
     for _ in range(40):
         held = members.reserve(OWNER, prompt_tokens=0, output_tokens_max=1_000)
-        held.settle(prompt_tokens=0, completion_tokens=10)
+        held.settle(prompt_tokens=0, completion_tokens=10, typical=True)
     assert members.reserve(OWNER, prompt_tokens=0, output_tokens_max=1_000).tokens < 15
 
 
-async def test_a_restart_does_not_renew_the_day() -> None:
-    """Tokens of the last day are counted again against the daily limit."""
-    members = await opened(settings=MemberSettings(tokens_per_day=100))
-    members.restore_day(OWNER, 90)
-    with pytest.raises(LimitReached, match="per day") as refused:
-        members.reserve(OWNER, prompt_tokens=20, output_tokens_max=0)
+async def test_what_is_no_whole_answer_teaches_nothing() -> None:
+    """Embeddings and answers cut off say nothing about how long the next answer will be."""
+    members = await opened()
+    for _ in range(40):
+        held = members.reserve(OWNER, prompt_tokens=1, output_tokens_max=0)
+        held.settle(prompt_tokens=1, completion_tokens=0)
+    assert members.reserve(OWNER, prompt_tokens=0, output_tokens_max=1_000).tokens == 256
+
+
+async def test_settling_corrects_the_whole_path() -> None:
+    """What a person did not take comes back to its organisation's limit too."""
+    members = await opened()
+    await members.add_member("lab", member_limits=Limits(tokens_per_minute=1_000))
+    await members.add_member("lab/a")
+    held = members.reserve("lab/a", prompt_tokens=100, output_tokens_max=200)
+    assert held.headers()["x-ratelimit-remaining-tokens"] == "700"
+    held.settle(prompt_tokens=100, completion_tokens=10)
+    assert members.limits_left("lab")["x-ratelimit-remaining-tokens"] == "890"
+
+
+async def day_left(spent: list[tuple[int, float]], member: str = OWNER) -> int:
+    """What a limit of 2400 tokens a day has left after a restart; (tokens, hours ago) were used."""
+    members = await opened(settings=MemberSettings(tokens_per_day=2_400))
+    members.restore_days(
+        Spent(member=member, tokens=tokens, ago_s=hours * 3_600) for tokens, hours in spent
+    )
+    return int(members.limits_left(member)["x-ratelimit-remaining-tokens"])
+
+
+async def test_a_restart_neither_renews_the_day_nor_takes_what_was_refilled() -> None:
+    """A daily limit stands after a restart as it stood before."""
+    assert await day_left([(2_400, 0)]) == 0
+    assert await day_left([(2_400, 23)]) == 2_300
+    assert await day_left([(240, 1)]) == 2_400 - 240 + 100
+    assert await day_left([(100, hour) for hour in reversed(range(48))]) == 0
+    assert await day_left([(2_400, 23), *((100, hour) for hour in reversed(range(23)))]) == 0
+    assert await day_left([(5_000, 0)]) == 0
+
+
+async def test_a_restart_counts_the_day_of_the_whole_path() -> None:
+    """What one person spent is missing for its organisation after a restart."""
+    members = await opened()
+    assert not members.counts_days
+    await members.add_member("lab", member_limits=Limits(tokens_per_day=100))
+    await members.add_member("lab/a")
+    await members.add_member("lab/b")
+    assert members.counts_days
+    members.restore_days([Spent(member="lab/a", tokens=90, ago_s=0)])
+    with pytest.raises(LimitReached, match="lab may use 100 tokens per day") as refused:
+        members.reserve("lab/b", prompt_tokens=20, output_tokens_max=0)
     assert refused.value.retry_after_s == pytest.approx(8_640)
+
+
+async def test_a_wrong_clock_at_the_start_costs_no_key() -> None:
+    """A machine that boots a year ahead opens nothing then; set right, every key opens again."""
+    clock, store = MemoryClock(), MemoryStore()
+    text, _ = await (await opened(store=store, clock=clock)).create_key(OWNER, lifetime_s=86_400)
+    clock.jump(365 * 86_400.0)
+    members = await opened(store=store, clock=clock)
+    with pytest.raises(Unauthenticated):
+        members.authenticate(text, peer="::1")
+    clock.jump(-365 * 86_400.0)
+    for again in (members, await opened(store=store, clock=clock)):
+        assert again.authenticate(text, peer="::1").member == OWNER
+
+
+async def test_keys_have_their_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At the limit the key that ended first gives way; where none has ended, none is made."""
+    monkeypatch.setattr(limits, "KEYS_MAX", 3)
+    clock, store = MemoryClock(), MemoryStore()
+    members = await opened(store=store, clock=clock)
+    _, lasting = await members.create_key(OWNER)
+    _, short = await members.create_key(OWNER, lifetime_s=20.0)
+    _, revoked = await members.create_key(OWNER)
+    with pytest.raises(Overloaded, match="at most 3 keys"):
+        await members.create_key(OWNER)
+    clock.advance(10.0)
+    await members.revoke_key(revoked.id)
+    clock.advance(20.0)
+    _, third = await members.create_key(OWNER)
+    assert ids(members) == {lasting.id, short.id, third.id}
+    _, fourth = await members.create_key(OWNER)
+    again = await opened(store=store, clock=clock)
+    assert ids(again) == {lasting.id, third.id, fourth.id}
+    members.validate()
+
+
+def ids(members: Members) -> set[str]:
+    """The identifiers of all keys that are listed."""
+    return {key.id for key in members.keys(None)}
+
+
+async def test_what_the_store_refuses_does_not_exist() -> None:
+    """A key or a member that could not be stored opens nothing and can be made later."""
+    store = MemoryStore()
+    members = await opened(store=store)
+    _, key = await members.create_key(OWNER)
+    store.fault = StoreFull("The disk is full.")
+    with pytest.raises(StoreFull):
+        await members.create_key(OWNER)
+    with pytest.raises(StoreFull):
+        await members.add_member("lab")
+    with pytest.raises(StoreFull):
+        await members.revoke_key(key.id)
+    assert members.keys() == [key]
+    store.fault = None
+    await members.add_member("lab")
+    members.validate()
+
+
+class SlowStore(MemoryStore):
+    """A store whose writes take a moment."""
+
+    async def put_member(self, member: Member) -> None:
+        """As any store does, later."""
+        await asyncio.sleep(0)
+        await super().put_member(member)
+
+    async def put_key(self, key: Key) -> None:
+        """As any store does, later."""
+        await asyncio.sleep(0)
+        await super().put_key(key)
+
+
+async def test_changes_at_the_same_time_keep_every_rule(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of two members of one name one is added, and no limit is overshot while the store writes."""
+    members = await opened(store=SlowStore())
+    names = ("lab", "lab", "uni", "shop")
+    monkeypatch.setattr(limits, "MEMBERS_MAX", 6)
+    monkeypatch.setattr(limits, "KEYS_MAX", 1)
+    added = await asyncio.gather(
+        *(members.add_member(name, weight=weight) for weight, name in enumerate(names, start=1)),
+        return_exceptions=True,
+    )
+    assert [type(each) for each in added] == [Member, Conflict, Member, Overloaded]
+    assert members.weight("lab") == 1
+    made = await asyncio.gather(
+        *(members.create_key(OWNER) for _ in range(2)), return_exceptions=True
+    )
+    assert [type(each) for each in made] == [tuple, Overloaded]
+
+
+async def test_a_name_that_begins_like_the_anonymous_member_is_a_name() -> None:
+    """An organisation called anonymous-lab is told its own name."""
+    members = await opened(settings=MemberSettings(in_flight_max=1))
+    await members.add_member("anonymous-lab")
+    members.reserve("anonymous-lab", prompt_tokens=1, output_tokens_max=1)
+    with pytest.raises(LimitReached, match="anonymous-lab has 1"):
+        members.reserve("anonymous-lab", prompt_tokens=1, output_tokens_max=1)
 
 
 async def test_a_clock_that_jumps_changes_no_limit() -> None:

@@ -207,10 +207,11 @@ class Fleet:
         """Let a node finish what runs on it and give it nothing new. Raises NotFound."""
         async with self._changing:
             entry = self._find(id_)
-            entry.node = replace(entry.node, draining=True)
-            self._tell(entry, Drained())
+            node = replace(entry.node, draining=True)
             if not entry.attached:
-                await self._store.put_node(entry.node)
+                await self._store.put_node(node)
+            entry.node = node
+            self._tell(entry, Drained())
 
     async def remove(self, id_: str) -> None:
         """Forget a node and cut off what runs on it. Raises NotFound, Conflict."""
