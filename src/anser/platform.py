@@ -41,14 +41,14 @@ from anser.services.fleet import Fleet
 from anser.services.gateway import Gateway
 from anser.services.hub import Hub
 from anser.services.ledger import Ledger
-from anser.services.members import OWNER, Members
+from anser.services.members import OWNER, Members, Spent
 from anser.wire.doors import Door, StopSignals, is_loopback, listen, listen_unix, url_of
 from anser.wire.server import GuardSettings
 
 __all__ = ["BUILTIN", "Listening", "Platform", "open_platform", "serve"]
 
 BUILTIN = "builtin"
-_DAY_MS = 86_400_000
+_DAY_MS, _HOUR_MS = 86_400_000, 3_600_000
 _START_KEY_LIFETIME_S = 30 * 86_400.0
 _FIRST_LOOK_S = 0.02
 _FIRST_LOOKS = 50  # at nodes that have not said what they serve, before a model is named
@@ -148,12 +148,17 @@ def _engine_for(node: Node) -> Engine:
 
 
 async def _restore_days(services: Services) -> None:
-    """Count what was used in the last day, so that a restart gives nobody a fresh daily limit."""
-    now_ms = int(services.clock.wall() * 1_000)
-    since_ms, until_ms = now_ms - _DAY_MS, now_ms + _DAY_MS  # the clock may have been set back
-    rows = await services.ledger.usage(since_ms=since_ms, until_ms=until_ms, member=None)
-    for row in rows:
-        services.members.restore_day(row.member, row.prompt_tokens + row.completion_tokens)
+    """Count what was used hour by hour, so that a restart gives nobody a fresh daily limit."""
+    if not services.members.counts_days:
+        return
+    now_ms, spent = int(services.clock.wall() * 1_000), list[Spent]()
+    for hours in reversed(range(48)):
+        since_ms = now_ms - (hours + 1) * _HOUR_MS
+        until_ms = since_ms + (_HOUR_MS if hours else _DAY_MS)  # the clock may have been set back
+        for row in await services.ledger.usage(since_ms=since_ms, until_ms=until_ms, member=None):
+            tokens = row.prompt_tokens + row.completion_tokens
+            spent.append(Spent(member=row.member, tokens=tokens, ago_s=hours * 3_600.0))
+    services.members.restore_days(spent)
 
 
 @asynccontextmanager

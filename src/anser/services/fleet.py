@@ -220,10 +220,11 @@ class Fleet:
     async def _keep(self, id_: str, *, draining: bool) -> None:
         async with self._changing:
             entry = self._find(id_)
-            entry.node = replace(entry.node, draining=draining)
-            self._tell(entry, Drained() if draining else Resumed())
+            node = replace(entry.node, draining=draining)
             if not entry.attached:
-                await self._store.put_node(entry.node)
+                await self._store.put_node(node)
+            entry.node = node
+            self._tell(entry, Drained() if draining else Resumed())
 
     async def remove(self, id_: str) -> None:
         """Forget a node and cut off what runs on it. Raises NotFound, Conflict."""
