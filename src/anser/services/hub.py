@@ -123,14 +123,25 @@ class Hub:
     async def _download(
         self, mirror: Mirror, file: ModelFile, sha256: str, progress: Progress
     ) -> Path:
-        """Fetch, going on after a failure as long as there is progress."""
+        """Fetch, going on after a failure as long as there is progress.
+
+        Progress is what the mirror tells, for only it knows where its bytes go: the file may be
+        inside another one.
+        """
         partial = self._blobs.partial(sha256)
+        furthest = _size(partial)
+
+        def note(done: int, total: int | None) -> None:
+            nonlocal furthest
+            furthest = max(furthest, done)
+            progress(done, total)
+
         for _ in range(limits.DOWNLOAD_RETRIES_MAX):
-            before = _size(partial)
+            before = furthest
             try:
-                await mirror.fetch(file, partial, progress)
+                await mirror.fetch(file, partial, note)
             except SourceError:
-                if _size(partial) <= before:
+                if furthest <= before:
                     raise
                 continue
             return await self._blobs.commit(sha256)
