@@ -13,6 +13,7 @@ from anser.core.fleet import (
     HealthRules,
     NodeState,
     Silent,
+    StreamDeclined,
     StreamFailed,
     StreamFinished,
     Ticked,
@@ -24,6 +25,7 @@ _EVENTS: st.SearchStrategy[HealthEvent] = st.one_of(
     st.builds(Silent, loading=st.booleans()),
     st.just(StreamFinished()),
     st.builds(StreamFailed, jitter=st.floats(0, 1)),
+    st.builds(StreamDeclined, pause_s=st.none() | st.floats(0, 10_000), jitter=st.floats(0, 1)),
     st.just(Ticked()),
 )
 _HISTORY = st.lists(st.tuples(st.floats(0, 200), _EVENTS), max_size=120)
@@ -46,6 +48,8 @@ def test_invariants_hold_after_any_history(
         if health.retry_at is not None:
             assert now <= health.retry_at <= now + _RULES.backoff_max_s * 1.25
             assert was_open or isinstance(event, StreamFailed)
+        if health.aside_until is not None:
+            assert now <= health.aside_until <= now + _RULES.aside_max_s
 
 
 @given(_HISTORY)
@@ -72,7 +76,7 @@ def test_every_node_can_come_back(history: list[tuple[float, HealthEvent]]) -> N
     for pause, event in history:
         now += pause
         health.handle(event, now)
-    now += _RULES.backoff_max_s * 1.25
+    now += _RULES.aside_max_s
     health.handle(Answered(), now)
     for _ in range(_RULES.trials):
         health.handle(StreamFinished(), now)

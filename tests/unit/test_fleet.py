@@ -20,6 +20,7 @@ from anser.core.fleet import (
     NodeState,
     ServedModel,
     Silent,
+    StreamDeclined,
     StreamFailed,
     StreamFinished,
     Ticked,
@@ -292,6 +293,40 @@ def test_a_long_good_time_makes_the_back_off_short_again() -> None:
     after(*[StreamFinished()] * 22, now=6.0, health=health)
     after(*[StreamFailed()] * 3, now=6.0, health=health)
     assert health.retry_at == 8.0
+
+
+def test_a_node_that_declines_is_set_aside() -> None:
+    """Each time twice as long, up to a limit, and then tried with one request at a time."""
+    health, now, waits = after(Answered()), 0.0, []
+    for _ in range(4):
+        after(StreamDeclined(jitter=1.0), now=now, health=health)
+        assert (health.state, health.slots(4)) == (NodeState.SUSPECT, 0)
+        assert health.wake_at is not None
+        waits.append(health.wake_at - now)
+        now = health.wake_at
+        after(Ticked(), now=now, health=health)
+        assert (health.slots(4), health.wake_at) == (1, None)
+    assert waits == [2.5, 5.0, 10.0, 12.5]
+    after(StreamFinished(), now=now, health=health)
+    assert (health.state, health.slots(4)) == (NodeState.UP, 4)
+    after(StreamDeclined(), now=now, health=health)
+    assert health.wake_at == now + 2.0
+
+
+def test_a_node_is_set_aside_for_as_long_as_it_asks() -> None:
+    """Its own word counts if it is longer than the pause would be, within reason."""
+    for asked_s, pause_s in ((0.0, 2.0), (60.0, 60.0), (10_000.0, 3_600.0)):
+        health = after(Answered(), StreamDeclined(pause_s=asked_s))
+        assert health.wake_at == pause_s
+
+
+def test_declining_is_not_told_to_the_breaker() -> None:
+    """However often a node declines, no failure is counted; streams from before change nothing."""
+    health = after(Answered(), StreamFailed(), StreamFailed(), *[StreamDeclined()] * 20)
+    after(StreamFinished(), now=1.0, health=health)
+    assert (health.aside_until, health.retry_at, health.slots(4)) == (2.0, None, 0)
+    after(StreamFinished(), now=2.0, health=health)
+    assert (health.state, health.slots(4)) == (NodeState.UP, 4)
 
 
 def test_repr_shows_the_state() -> None:

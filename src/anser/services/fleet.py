@@ -3,8 +3,8 @@
 Theory of operation. Each node has an engine behind the Engine port and a `Health`
 (core/fleet.py), which is told two things: whether the engine answers when it is asked what it
 serves (`run` asks every few seconds), and how whole streams ended (the gateway says so). Whoever
-subscribes hears of a node when its usable slots or its models have truly changed, never else; a
-new subscriber hears at once how things stand.
+subscribes hears of a node when its usable slots or its models have truly changed, and when it goes
+down, never else; a new subscriber hears at once how things stand.
 
 A node that is listed stays listed, whatever its state: what it serves is remembered while it is
 down, so that its models still exist. Adding one asks it first, so that a mistake is seen at once.
@@ -47,6 +47,7 @@ from anser.core.fleet import (
     NodeState,
     Offer,
     Silent,
+    StreamDeclined,
     StreamFailed,
     StreamFinished,
     Ticked,
@@ -62,6 +63,8 @@ __all__ = ["Fleet", "NodeStatus"]
 
 _LOADING_INTERVAL_S = 0.2  # how often an engine of this process is asked while it loads
 _SOONEST_S = 1.0  # a failing node is asked again no sooner than this
+_ASIDE_SHORT_S = 5.0  # requests wait for a node that is set aside no longer than this
+_RETRY_AFTER_S = 5.0
 _NAMED_MAX = 5  # models in a message
 
 
@@ -256,6 +259,20 @@ class Fleet:
             raise NoNode(f"The node {id_} does not serve {model} any more.", param="model")
         return offer
 
+    def hopeless(self, model: str) -> NoNode | None:
+        """Why no node will take a request for this model soon; None while one may."""
+        entries = [self._entries[offer.node] for offer in self._models.get(model, ())]
+        now = self._clock.now()
+        if any(_may_take(entry.health, now) for entry in entries):
+            return None
+        errors = (self._statuses[entry.node.id].error for entry in entries)
+        why = next((f": {error}" for error in errors if error), ".")
+        waits = [e.health.aside_until - now for e in entries if e.health.aside_until is not None]
+        retry_after_s = min(waits, default=_RETRY_AFTER_S)
+        return NoNode(
+            f"No node serves {model} now{why}", param="model", retry_after_s=retry_after_s
+        )
+
     def subscribe(self, callback: Callback) -> None:
         """Be told of every change of usable slots and models, and now of how they stand."""
         self._callbacks.append(callback)
@@ -272,14 +289,18 @@ class Fleet:
     def failed(self, id_: str, error: AnserError) -> None:
         """A stream of this node failed. What the request itself had wrong is passed over.
 
-        A 4xx is never the node's failure: one that declines is only asked again what it serves.
+        A 4xx is never the node's failure: one that declines is set aside for a while, and asked
+        again what it serves.
         """
         entry = self._entries.get(id_)
         if entry is None or isinstance(error, EngineRefused) or not isinstance(error, EngineError):
             return
-        if not isinstance(error, EngineDeclined):
-            entry.failure = error.own_words
-            self._tell(entry, StreamFailed(jitter=self._jitter(id_)))
+        entry.failure = error.own_words
+        jitter = self._jitter(id_)
+        if isinstance(error, EngineDeclined):
+            self._tell(entry, StreamDeclined(pause_s=error.retry_after_s, jitter=jitter))
+        else:
+            self._tell(entry, StreamFailed(jitter=jitter))
         if isinstance(error, EngineUnreachable | EngineDeclined):
             entry.ask_at = min(entry.ask_at, entry.asked_at + _SOONEST_S)
             self._wake.set()
@@ -293,8 +314,8 @@ class Fleet:
                 self._wake.clear()
                 now = self._clock.now()
                 for entry in list(self._entries.values()):
-                    retry_at = entry.health.retry_at
-                    if retry_at is not None and now >= retry_at:
+                    wake_at = entry.health.wake_at
+                    if wake_at is not None and now >= wake_at:
                         self._tell(entry, Ticked())
                     if now >= entry.ask_at and not entry.asking:
                         entry.asking = True
@@ -306,7 +327,7 @@ class Fleet:
     def _pause_s(self, now: float) -> float:
         """Until the next thing is due; a little more than nothing, so as never to spin."""
         due = [entry.ask_at for entry in self._entries.values() if not entry.asking]
-        due += [e.health.retry_at for e in self._entries.values() if e.health.retry_at is not None]
+        due += [e.health.wake_at for e in self._entries.values() if e.health.wake_at is not None]
         soonest = min(due, default=now + self._settings.probe_interval_s)
         return max(soonest - now, 0.01)
 
@@ -377,7 +398,8 @@ class Fleet:
         change = NodeChanged(
             node=entry.node.id, slots=status.usable, models=frozenset(entry.offers)
         )
-        if change != entry.told:
+        was_down = before is None or before.state is NodeState.DOWN
+        if change != entry.told or (status.state is NodeState.DOWN and not was_down):
             entry.told = change
             self._publish(change)
 
@@ -420,6 +442,13 @@ class Fleet:
         """From 0 to 1, different each time, the same in each run."""
         seed = f"{id_} {next(self._failures)}".encode()
         return int.from_bytes(blake2b(seed, digest_size=4).digest()) / 0xFFFF_FFFF
+
+
+def _may_take(health: Health, now: float) -> bool:
+    """Whether it takes requests, or is worth waiting for."""
+    if health.state in {NodeState.DOWN, NodeState.DRAINING}:
+        return False
+    return health.aside_until is None or health.aside_until - now <= _ASIDE_SHORT_S
 
 
 def _place(node: Node) -> tuple[str, int, str]:

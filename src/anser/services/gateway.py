@@ -32,7 +32,6 @@ from anser.core.errors import (
     QueueTimeout,
     ShuttingDown,
 )
-from anser.core.fleet import NodeState
 from anser.core.ledger import LeaseRecord, Outcome, Receipt, Usage
 from anser.core.scheduler import (
     Cancelled,
@@ -247,10 +246,9 @@ class Gateway:
         offers = self.fleet.models().get(model)
         if not offers:
             raise ModelNotFound(f"There is no model {model!r} here.", param="model")
-        down = {NodeState.DOWN, NodeState.DRAINING}
-        if all(self.fleet.status(offer.node).state in down for offer in offers):
-            message = f"No node serves {model} now."
-            raise NoNode(message, param="model", retry_after_s=_RETRY_AFTER_S)
+        hopeless = self.fleet.hopeless(model)
+        if hopeless is not None:
+            raise hopeless
 
     # From the queue to the first chunk
 
@@ -328,6 +326,8 @@ class Gateway:
         for refused in self._handle(Failed(lease=lease.id, delivered=Usage(), retry=True)):
             if refused.request == run.demand.id and not run.ready.done():
                 run.ready.set_exception(error)
+        if run.lease is None and not run.ready.done() and self.fleet.hopeless(run.demand.model):
+            run.ready.set_exception(error)
 
     # From the first chunk to the receipt
 
@@ -490,6 +490,11 @@ class Gateway:
 
     def _fleet_changed(self, event: NodeChanged | NodeGone) -> None:
         self._handle(event)
+        for run in self._runs.values():
+            if run.lease is None and not run.ready.done():
+                hopeless = self.fleet.hopeless(run.demand.model)
+                if hopeless is not None:  # or it would wait for a slot that will not come
+                    run.ready.set_exception(hopeless)
 
     def _wall_ms(self) -> int:
         return int(self.clock.wall() * 1_000)
