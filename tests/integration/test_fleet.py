@@ -26,7 +26,7 @@ from anser.core.errors import (
     StoreFull,
 )
 from anser.core.fleet import EngineKind, EngineReport, Node, NodeState, ServedModel
-from anser.core.limits import NODES_MAX
+from anser.core.limits import NODE_MODELS_MAX, NODES_MAX
 from anser.core.scheduler import NodeChanged, NodeGone
 from anser.ports import Engine
 from anser.services.fleet import Fleet, NodeStatus
@@ -124,6 +124,51 @@ async def test_adding_a_node_asks_it_and_stores_it() -> None:
         ]
         assert await store.nodes() == [status.node]
         assert repr(fleet) == "<Fleet up=1>"
+
+
+async def test_a_list_that_is_cut_is_told() -> None:
+    """More models than are offered: the node says so, though it is up."""
+    names = tuple(f"m{number}" for number in range(NODE_MODELS_MAX + 1))
+    async with Hostile(Listing(names)) as hostile, fleet_of() as (fleet, _):
+        status = await fleet.add(Node(id="n", url=hostile.url))
+        assert (status.state, len(status.offers)) == (NodeState.UP, NODE_MODELS_MAX)
+        assert status.error == "It has 257 models, of which 256 are offered; name one of them."
+
+
+async def test_a_node_that_declines_to_list_its_models_stays_up() -> None:
+    """It was heard before, and lives: its rate or its key is no reason to call it down."""
+    listing = Listing()
+    async with Hostile(listing) as hostile, fleet_of() as (fleet, _):
+        await fleet.add(Node(id="n", url=hostile.url))
+        listing.status, before = 429, listing.asked
+        async with asyncio.timeout(10):
+            while listing.asked < before + 4:
+                await asyncio.sleep(0.01)
+        status = fleet.status("n")
+        assert (status.state, status.error) == (NodeState.UP, "The engine is busy (429).")
+        assert status.usable
+
+
+async def test_a_platform_is_not_its_own_node() -> None:
+    """What shows this platform's own signing key is this platform: it would ask itself for ever."""
+    key = "ab" * 32
+
+    async def itself(talk: Talk) -> None:
+        while True:
+            seen = await talk.request()
+            told = {"public_key": key} if seen.path.endswith("key") else {"data": [{"id": "m"}]}
+            await talk.say(answer(json.dumps(told).encode()))
+
+    async with Hostile(itself) as hostile:
+        for own, refused in ((key, True), ("cd" * 32, False)):
+            fleet = Fleet(MemoryStore(), SystemClock(), SETTINGS, HttpEngine, own_key=own)
+            if refused:
+                with pytest.raises(InvalidField, match="this platform itself"):
+                    await fleet.add(Node(id="n", url=hostile.url))
+            else:
+                await fleet.add(Node(id="n", url=hostile.url))
+            assert len(fleet.statuses()) == (not refused)
+            await fleet.aclose()
 
 
 async def test_a_node_that_does_not_answer_is_listed_as_down() -> None:

@@ -106,6 +106,8 @@ class EngineReport:
     version: str | None
     models: tuple[ServedModel, ...]
     slots: int | None
+    listed: int = 0  # models that it has; `models` may be fewer
+    platform: str | None = None  # the public key in hex, if it is an Anser platform
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

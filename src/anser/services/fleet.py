@@ -31,6 +31,7 @@ from anser.core.errors import (
     EngineRefused,
     EngineStalled,
     EngineUnreachable,
+    InvalidField,
     NoNode,
     NotFound,
     Overloaded,
@@ -136,11 +137,14 @@ class Fleet:
         clock: Clock,
         settings: GatewaySettings,
         engine_for: Callable[[Node], Engine],
+        *,
+        own_key: str | None = None,
     ) -> None:
         self._store = store
         self._clock = clock
         self._settings = settings
         self._engine_for = engine_for
+        self._own_key = own_key
         self._entries: dict[str, _Entry] = {}
         self._statuses: dict[str, NodeStatus] = {}
         self._models: dict[str, tuple[Offer, ...]] = {}
@@ -197,6 +201,7 @@ class Fleet:
                 error = await self._look(entry)
                 if error is not None and not isinstance(error, EngineError):
                     raise error  # it is the operator's word that is wrong
+                self._refuse_itself(entry)
                 await self._store.put_node(node)
             except BaseException:
                 await entry.engine.aclose()
@@ -357,15 +362,18 @@ class Fleet:
             entry.latency_s = self._clock.now() - entry.asked_at
             self._learn(entry, report)
             return None
-        loading = entry.attached and isinstance(error, EngineUnreachable)
         entry.silence = error.message
+        if isinstance(error, EngineDeclined) and entry.report is not None:
+            entry.health.handle(Answered(), self._clock.now())  # it lives, and was heard before
+            return error
+        loading = entry.attached and isinstance(error, EngineUnreachable)
         entry.health.handle(Silent(loading=loading), self._clock.now())
         return error
 
     def _learn(self, entry: _Entry, report: EngineReport) -> None:
         entry.report = report
         entry.offers = {offer.model: offer for offer in offers(entry.node, report)}
-        entry.silence = None if entry.offers else _offers_nothing(entry.node, report)
+        entry.silence = _lacking(entry.node, report, len(entry.offers))
         entry.health.handle(Answered(), self._clock.now())
 
     # Telling
@@ -428,6 +436,12 @@ class Fleet:
             raise NoNode(f"The node {id_} has been removed.")
         return entry
 
+    def _refuse_itself(self, entry: _Entry) -> None:
+        """A platform that is its own node would hand its requests to itself for ever."""
+        key = None if entry.report is None else entry.report.platform
+        if key is not None and key == self._own_key:
+            raise InvalidField("This is the address of this platform itself.", param="url")
+
     def _check_room(self, node: Node) -> None:
         if len(self._entries) + len(self._adding) >= NODES_MAX:
             raise Overloaded(f"This platform lists {NODES_MAX} nodes already.")
@@ -464,6 +478,15 @@ def _promised(node: Node, model: str, kind: EngineKind) -> Offer:
         engine=kind,
         jurisdiction=node.jurisdiction,
     )
+
+
+def _lacking(node: Node, report: EngineReport, offered: int) -> str | None:
+    """What is missing from its offers, if anything."""
+    if not offered:
+        return _offers_nothing(node, report)
+    if node.model is None and report.listed > len(report.models):
+        return f"It has {report.listed} models, of which {offered} are offered; name one of them."
+    return None
 
 
 def _offers_nothing(node: Node, report: EngineReport) -> str:
