@@ -47,6 +47,15 @@ _DURATION = re.compile(r"([0-9]{1,9})([smhdw])\Z")
 _GROUP = Group("Common options", sort_key=100)
 
 
+def _read_folder(_: type, tokens: Sequence[Token]) -> Path:
+    if not tokens[0].value:  # or it would be the working folder
+        raise ValueError("name a folder")
+    return Path(tokens[0].value)
+
+
+_Folder = Annotated[Path, Parameter(converter=_read_folder, n_tokens=1)]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Shape:
     """Options of every command: how to print."""
@@ -59,7 +68,7 @@ class Shape:
 class Home(Shape):
     """Options of a command on this machine: where the platform's data are."""
 
-    data_dir: Path | None = None
+    data_dir: _Folder | None = None
     """Data folder of the platform. [env var: ANSER_DATA_DIR]"""
     config: Path | None = None
     """Settings file. [env var: ANSER_CONFIG]"""
