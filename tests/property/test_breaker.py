@@ -13,6 +13,7 @@ from anser.core.fleet import (
     HealthRules,
     NodeState,
     Silent,
+    Spared,
     StreamDeclined,
     StreamFailed,
     StreamFinished,
@@ -26,6 +27,7 @@ _EVENTS: st.SearchStrategy[HealthEvent] = st.one_of(
     st.just(StreamFinished()),
     st.builds(StreamFailed, jitter=st.floats(0, 1)),
     st.builds(StreamDeclined, pause_s=st.none() | st.floats(0, 10_000), jitter=st.floats(0, 1)),
+    st.just(Spared()),
     st.just(Ticked()),
 )
 _HISTORY = st.lists(st.tuples(st.floats(0, 200), _EVENTS), max_size=120)

@@ -20,6 +20,7 @@ from anser.core.fleet import (
     NodeState,
     ServedModel,
     Silent,
+    Spared,
     StreamDeclined,
     StreamFailed,
     StreamFinished,
@@ -311,6 +312,16 @@ def test_a_node_that_declines_is_set_aside() -> None:
     assert (health.state, health.slots(4)) == (NodeState.UP, 4)
     after(StreamDeclined(), now=now, health=health)
     assert health.wake_at == now + 2.0
+
+
+def test_one_node_that_declined_is_tried_at_a_time() -> None:
+    """While another one is found to decline still, a trial waits; who is well is left alone."""
+    health = after(Answered(), StreamDeclined(), Spared())
+    assert health.wake_at == 2.0
+    after(Ticked(), Spared(), now=2.0, health=health)
+    assert (health.slots(4), health.wake_at) == (0, 4.0)
+    assert after(Ticked(), now=4.0, health=health).slots(4) == 1
+    assert after(Answered(), Spared()).slots(4) == 4
 
 
 def test_a_node_is_set_aside_for_as_long_as_it_asks() -> None:

@@ -11,7 +11,8 @@ traffic; after a back-off that doubles each time it lets one request in at a tim
 a few good ones. What the client did wrong is never told to it. A node that declines (its key, its
 rate, its models) is not at fault, but draws traffic all the same: it is set aside, without a word
 to the breaker, for as long as it asks or for a pause that doubles; then it is tried with one
-request at a time until one is answered.
+request at a time until one is answered. Of several such nodes one is tried at a time, or a
+request could use up all its tries on them.
 
 Invariants: the breaker is open exactly while `retry_at` is set; a node that is draining, down,
 set aside or behind an open breaker has no slots.
@@ -43,6 +44,7 @@ __all__ = [
     "Offer",
     "ServedModel",
     "Silent",
+    "Spared",
     "StreamDeclined",
     "StreamFailed",
     "StreamFinished",
@@ -308,6 +310,11 @@ class StreamDeclined:
 
 
 @dataclass(frozen=True, slots=True)
+class Spared:
+    """Another node has just declined: one that is on trial for the same waits a little more."""
+
+
+@dataclass(frozen=True, slots=True)
 class Drained:
     """It shall take nothing new."""
 
@@ -317,7 +324,9 @@ class Ticked:
     """Time has passed."""
 
 
-HealthEvent = Answered | Silent | StreamFinished | StreamFailed | StreamDeclined | Drained | Ticked
+HealthEvent = (
+    Answered | Silent | StreamFinished | StreamFailed | StreamDeclined | Spared | Drained | Ticked
+)
 
 
 class _Reach(Enum):
@@ -406,9 +415,11 @@ class Health:
                 self._fail(now, jitter)
             case StreamDeclined(pause_s=pause_s, jitter=jitter):
                 self._decline(now, pause_s, jitter)
+            case Spared() if self._declined and self.aside_until is None:
+                self.aside_until = now + self.rules.backoff_s
             case Drained():
                 self._draining = True
-            case _:  # Ticked: what time does is done
+            case _:  # what time does is done
                 pass
         return self.state
 

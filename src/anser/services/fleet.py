@@ -48,6 +48,7 @@ from anser.core.fleet import (
     NodeState,
     Offer,
     Silent,
+    Spared,
     StreamDeclined,
     StreamFailed,
     StreamFinished,
@@ -64,8 +65,7 @@ __all__ = ["Fleet", "NodeStatus"]
 
 _LOADING_INTERVAL_S = 0.2  # how often an engine of this process is asked while it loads
 _SOONEST_S = 1.0  # a failing node is asked again no sooner than this
-_ASIDE_SHORT_S = 5.0  # requests wait for a node that is set aside no longer than this
-_RETRY_AFTER_S = 5.0
+_SHORT_S = 5.0  # requests wait for a node that is set aside no longer than this
 _NAMED_MAX = 5  # models in a message
 
 
@@ -273,7 +273,7 @@ class Fleet:
         errors = (self._statuses[entry.node.id].error for entry in entries)
         why = next((f": {error}" for error in errors if error), ".")
         waits = [e.health.aside_until - now for e in entries if e.health.aside_until is not None]
-        retry_after_s = min(waits, default=_RETRY_AFTER_S)
+        retry_after_s = min(waits, default=_SHORT_S)
         return NoNode(
             f"No node serves {model} now{why}", param="model", retry_after_s=retry_after_s
         )
@@ -304,6 +304,9 @@ class Fleet:
         jitter = self._jitter(id_)
         if isinstance(error, EngineDeclined):
             self._tell(entry, StreamDeclined(pause_s=error.retry_after_s, jitter=jitter))
+            for other in self._entries.values():
+                if other is not entry and other.offers.keys() & entry.offers.keys():
+                    self._tell(other, Spared())
         else:
             self._tell(entry, StreamFailed(jitter=jitter))
         if isinstance(error, EngineUnreachable | EngineDeclined):
@@ -462,7 +465,7 @@ def _may_take(health: Health, now: float) -> bool:
     """Whether it takes requests, or is worth waiting for."""
     if health.state in {NodeState.DOWN, NodeState.DRAINING}:
         return False
-    return health.aside_until is None or health.aside_until - now <= _ASIDE_SHORT_S
+    return health.aside_until is None or health.aside_until - now <= _SHORT_S
 
 
 def _place(node: Node) -> tuple[str, int, str]:
