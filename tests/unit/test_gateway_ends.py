@@ -22,7 +22,8 @@ from anser.core.errors import (
     StoreFull,
     StoreLocked,
 )
-from anser.core.fleet import Node, NodeState
+from anser.core.fleet import Node
+from anser.core.health import NodeState
 from anser.core.ledger import Outcome
 from anser.ports import Call, Route
 from anser.services.chunks import Piece

@@ -37,7 +37,7 @@ from anser.core.errors import (
     Overloaded,
     ShuttingDown,
 )
-from anser.core.fleet import NodeState
+from anser.core.health import NodeState
 from anser.core.ledger import Outcome, Receipt, Usage
 from anser.core.scheduler import (
     Cancelled,
@@ -252,9 +252,9 @@ class Gateway:
         states = self._states(model)
         if not states:
             raise ModelNotFound(f"There is no model {model!r} here.", param="model")
-        if states <= {NodeState.DOWN, NodeState.DRAINING}:
-            message = f"No node serves {model} now."
-            raise NoNode(message, param="model", retry_after_s=_RETRY_AFTER_S)
+        hopeless = self.fleet.hopeless(model)
+        if hopeless is not None:
+            raise hopeless
 
     def _states(self, model: str) -> set[NodeState]:
         """The states that the nodes of this model are in."""
@@ -333,6 +333,8 @@ class Gateway:
         for refused in self._handle(Failed(lease=lease.id, delivered=Usage(), retry=True)):
             if refused.request == run.demand.id and not run.ready.done():
                 run.ready.set_exception(error)
+        if run.lease is None and not run.ready.done() and self.fleet.hopeless(run.demand.model):
+            run.ready.set_exception(error)
 
     # From the first chunk to the receipt
 
@@ -484,6 +486,11 @@ class Gateway:
 
     def _fleet_changed(self, event: NodeChanged | NodeGone) -> None:
         self._handle(event)
+        for run in self._runs.values():
+            if run.lease is None and not run.ready.done():
+                hopeless = self.fleet.hopeless(run.demand.model)
+                if hopeless is not None:  # or it would wait for a slot that will not come
+                    run.ready.set_exception(hopeless)
 
     def _wall_ms(self) -> int:
         return int(self.clock.wall() * 1_000)
