@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from anser.core.ledger import Usage
-from anser.core.scheduler import (
+from anser.core.events import (
     Decision,
     Event,
     Failed,
     Finished,
     NodeChanged,
     Request,
-    Scheduler,
     Start,
     Submitted,
 )
+from anser.core.ledger import Usage
+from anser.core.scheduler import Scheduler
 
 __all__ = ["CREDIT", "Pool", "leases", "request"]
 

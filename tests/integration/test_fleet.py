@@ -25,9 +25,9 @@ from anser.core.errors import (
     Overloaded,
     StoreFull,
 )
+from anser.core.events import NodeChanged, NodeGone
 from anser.core.fleet import EngineKind, EngineReport, Node, NodeState, ServedModel
 from anser.core.limits import NODES_MAX
-from anser.core.scheduler import NodeChanged, NodeGone
 from anser.ports import Engine
 from anser.services.fleet import Fleet, NodeStatus
 from tests.hostile import Hostile, Talk, answer

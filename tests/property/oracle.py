@@ -11,10 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from fractions import Fraction
 
-from anser.core.fairness import Account
-from anser.core.ledger import Usage
-from anser.core.members import ancestry
-from anser.core.scheduler import (
+from anser.core.events import (
     Abort,
     Cancelled,
     Decision,
@@ -26,11 +23,14 @@ from anser.core.scheduler import (
     Progressed,
     Refused,
     Request,
-    Scheduler,
     Start,
     Submitted,
     Weighed,
 )
+from anser.core.fairness import Account
+from anser.core.ledger import Usage
+from anser.core.members import ancestry
+from anser.core.scheduler import Scheduler
 
 __all__ = ["Job", "Oracle", "Path"]
 

@@ -9,10 +9,7 @@ from dataclasses import dataclass, field
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from anser.core.fairness import price
-from anser.core.ledger import Usage
-from anser.core.members import ancestry
-from anser.core.scheduler import (
+from anser.core.events import (
     Decision,
     Event,
     Failed,
@@ -20,11 +17,14 @@ from anser.core.scheduler import (
     NodeChanged,
     Progressed,
     Request,
-    Scheduler,
     Start,
     Submitted,
     Weighed,
 )
+from anser.core.fairness import price
+from anser.core.ledger import Usage
+from anser.core.members import ancestry
+from anser.core.scheduler import Scheduler
 
 WEIGHTS = (1_000, 2_000, 4_000)
 

@@ -8,8 +8,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from anser.core.ledger import Usage
-from anser.core.scheduler import (
+from anser.core.events import (
     Cancelled,
     Decision,
     Event,
@@ -20,11 +19,12 @@ from anser.core.scheduler import (
     Progressed,
     Refused,
     Request,
-    Scheduler,
     Start,
     Submitted,
     Weighed,
 )
+from anser.core.ledger import Usage
+from anser.core.scheduler import Scheduler
 from tests.property.oracle import Oracle
 
 MEMBERS = (

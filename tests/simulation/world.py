@@ -19,8 +19,9 @@ from anser.adapters.memory import MemoryClock, MemoryStore
 from anser.adapters.memory_engine import MemoryEngine, Pace
 from anser.adapters.signer import KeyFileSigner
 from anser.core.errors import AnserError, StoreFull
+from anser.core.events import Decision, Event, Refused
 from anser.core.fleet import Node
-from anser.core.scheduler import Decision, Event, Refused, Scheduler
+from anser.core.scheduler import Scheduler
 from anser.ports import Call, Engine, Route
 from anser.services.fleet import Fleet
 from anser.services.gateway import Gateway

@@ -30,8 +30,7 @@ from collections import Counter
 from collections.abc import Callable
 from fractions import Fraction
 
-from anser.core.ledger import Usage
-from anser.core.scheduler import (
+from anser.core.events import (
     Abort,
     Cancelled,
     Decision,
@@ -43,11 +42,12 @@ from anser.core.scheduler import (
     Progressed,
     Refused,
     Request,
-    Scheduler,
     Start,
     Submitted,
     Weighed,
 )
+from anser.core.ledger import Usage
+from anser.core.scheduler import Scheduler
 
 __all__ = ["retell"]
 

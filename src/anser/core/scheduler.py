@@ -34,164 +34,30 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import assert_never
 
+from anser.core.events import (
+    Abort,
+    Cancelled,
+    Decision,
+    Event,
+    Failed,
+    Finished,
+    Lease,
+    NodeChanged,
+    NodeGone,
+    Progressed,
+    Refused,
+    Request,
+    Start,
+    Submitted,
+    Weighed,
+)
 from anser.core.fairness import Place, Shares, Standing, price
 from anser.core.ledger import Usage
 from anser.core.slots import NodeSlots, Slots
 
-__all__ = [
-    "Abort",
-    "Cancelled",
-    "Decision",
-    "Event",
-    "Failed",
-    "Finished",
-    "Lease",
-    "NodeChanged",
-    "NodeGone",
-    "Progressed",
-    "Refused",
-    "Request",
-    "Scheduler",
-    "Standing",
-    "Start",
-    "Submitted",
-    "Weighed",
-]
+__all__ = ["Scheduler"]
 
 _FRONT = 1 << 62  # ahead of every turn that will ever be given
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Request:
-    """One unit of demand: one answer from one model."""
-
-    id: str
-    member: str  # the leaf; its ancestors follow from the path (`members.ancestry`)
-    model: str
-    prompt_tokens: int  # an estimate until the engine answers
-    output_tokens_max: int
-    factor_milli: int = 1_000  # the model's price factor, in thousandths
-
-    def __post_init__(self) -> None:
-        assert self.prompt_tokens >= 0
-        assert self.factor_milli >= 1
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Lease:
-    """The right of one request to one slot of one node until it ends."""
-
-    id: str  # "<request>.<attempt>"
-    request: str
-    node: str
-    model: str
-    attempt: int  # from 1
-
-
-# Events: what the world tells the scheduler.
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Submitted:
-    """A request has arrived and passed its member's limits."""
-
-    request: Request
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Progressed:
-    """A lease has produced `tokens` more completion tokens (coalesced per 100 ms)."""
-
-    lease: str
-    tokens: int
-
-    def __post_init__(self) -> None:
-        assert self.tokens >= 0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Finished:
-    """A lease ended by itself, or its abort was confirmed; `usage` is what it generated."""
-
-    lease: str
-    usage: Usage
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Failed:
-    """The node failed. `retry`: nothing has reached the client, so another node may take over."""
-
-    lease: str
-    delivered: Usage
-    retry: bool
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Cancelled:
-    """The client no longer wants the answer."""
-
-    request: str
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class NodeChanged:
-    """A node serves these models with this many slots from now on (0: drains)."""
-
-    node: str
-    slots: int
-    models: frozenset[str]
-
-    def __post_init__(self) -> None:
-        assert self.slots >= 0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class NodeGone:
-    """A node is lost; its leases have been or will be reported as failed by their owner."""
-
-    node: str
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Weighed:
-    """A member's weight among its siblings, in thousandths, from now on."""
-
-    member: str
-    weight: int
-
-    def __post_init__(self) -> None:
-        assert self.weight >= 1
-
-
-Event = Submitted | Progressed | Finished | Failed | Cancelled | NodeChanged | NodeGone | Weighed
-
-# Decisions: what the caller has to do.
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Start:
-    """Open the stream of this request on this node."""
-
-    lease: Lease
-    request: Request
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Refused:
-    """The request will not run: the platform's queue is full, or its tries are used up."""
-
-    request: str
-    code: str  # "overloaded" | "retries_exhausted"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Abort:
-    """Stop this lease at its engine, then report Finished with what was generated."""
-
-    lease: str
-
-
-Decision = Start | Refused | Abort
 
 
 @dataclass(slots=True, eq=False, kw_only=True)

@@ -35,6 +35,7 @@ from anser.core.errors import (
     NotFound,
     Overloaded,
 )
+from anser.core.events import NodeChanged, NodeGone
 from anser.core.fleet import (
     SLOTS_DEFAULT,
     Answered,
@@ -55,7 +56,6 @@ from anser.core.fleet import (
     parse_endpoint,
 )
 from anser.core.limits import INSPECT_TIMEOUT_S, INSPECTIONS_MAX, NODES_MAX
-from anser.core.scheduler import NodeChanged, NodeGone
 from anser.ports import Clock, Engine, NodeStore
 
 __all__ = ["Fleet", "NodeStatus"]

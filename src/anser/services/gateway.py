@@ -32,9 +32,7 @@ from anser.core.errors import (
     QueueTimeout,
     ShuttingDown,
 )
-from anser.core.fleet import NodeState
-from anser.core.ledger import LeaseRecord, Outcome, Receipt, Usage
-from anser.core.scheduler import (
+from anser.core.events import (
     Cancelled,
     Decision,
     Event,
@@ -46,11 +44,13 @@ from anser.core.scheduler import (
     Progressed,
     Refused,
     Request,
-    Scheduler,
     Start,
     Submitted,
     Weighed,
 )
+from anser.core.fleet import NodeState
+from anser.core.ledger import LeaseRecord, Outcome, Receipt, Usage
+from anser.core.scheduler import Scheduler
 from anser.ports import Call, Clock, Engine
 from anser.services.chunks import (
     Piece,

@@ -6,9 +6,9 @@ import asyncio
 from dataclasses import dataclass, field
 
 from anser.core.errors import EngineError
+from anser.core.events import Lease
 from anser.core.fleet import Offer
 from anser.core.ledger import LeaseRecord, Outcome, Usage
-from anser.core.scheduler import Lease
 from anser.ports import Call, Route
 from anser.services.chunks import Tally
 from anser.services.members import Reservation
