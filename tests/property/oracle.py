@@ -27,7 +27,7 @@ from anser.core.events import (
     Submitted,
     Weighed,
 )
-from anser.core.fairness import Account
+from anser.core.account import Account
 from anser.core.ledger import Usage
 from anser.core.members import ancestry
 from anser.core.scheduler import Scheduler

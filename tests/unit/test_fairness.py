@@ -6,7 +6,9 @@ from dataclasses import dataclass
 
 import pytest
 
-from anser.core.fairness import Heap, Place, Shares, price
+from anser.core.account import Place
+from anser.core.fairness import Shares, price
+from anser.core.heap import Heap
 from anser.core.slots import Lane, Slots
 
 MILLION = 1_000_000  # micro-credits

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import Enum
 
 from anser.core.ledger import Usage
+from anser.core.prefix import Chain
 
 __all__ = [
     "Abort",
@@ -19,9 +21,11 @@ __all__ = [
     "Progressed",
     "Refused",
     "Request",
+    "Rule",
     "Start",
     "Submitted",
     "Weighed",
+    "Why",
 ]
 
 
@@ -35,6 +39,9 @@ class Request:
     prompt_tokens: int  # an estimate until the engine answers
     output_tokens_max: int
     factor_milli: int = 1_000  # the model's price factor, in thousandths
+    chain: Chain = ()  # its prompt's blocks, for `prefix`
+    text_bytes: int = 0  # of the text that the chain was made of
+    deadline: float | None = None  # monotonic seconds: the first token is of no use after it
 
     def __post_init__(self) -> None:
         assert self.prompt_tokens >= 0
@@ -132,20 +139,42 @@ Event = Submitted | Progressed | Finished | Failed | Cancelled | NodeChanged | N
 # Decisions: what the caller has to do.
 
 
+class Rule(Enum):
+    """By which rule a request was given its slot."""
+
+    FREE = "a slot was free and nobody waited for it"
+    LIGHT = "its member had no more in flight than its share, and such go first"
+    NEAREST = "of members about as entitled, it gained most from this node's cache"
+    LEAST = "its member had had least for its weight"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Why:
+    """Why a request was given its slot. Keys are micro-credits per share."""
+
+    rule: Rule
+    key: int = 0  # of its member's account
+    least_key: int = 0  # of the account that was first
+    rivals: int = 0  # other members that were looked at for the slot
+    cached_tokens: int = 0  # of its prompt, expected in the node's cache
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Start:
     """Open the stream of this request on this node."""
 
     lease: Lease
     request: Request
+    why: Why
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Refused:
-    """The request will not run: the platform's queue is full, or its tries are used up."""
+    """The request will not run."""
 
     request: str
-    code: str  # "overloaded" | "retries_exhausted"
+    code: str  # "overloaded" (the queue is full) | "deadline" | "retries_exhausted"
+    retry_after_s: float | None = None  # when it would have been served, as far as can be told
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -37,15 +37,16 @@ and only if something waits in that lane at or below it.
 
 from __future__ import annotations
 
-import heapq
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
-from typing import Generic, Protocol, TypeVar
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
+from anser.core.account import Account, Place
+from anser.core.heap import Heap
 from anser.core.members import ancestry
 from anser.core.slots import Lane
 
-__all__ = ["Account", "Heap", "Place", "Shares", "Standing", "price"]
+__all__ = ["Shares", "Standing", "price"]
 
 # Micro-credits per token and per thousandth of the model's factor.
 _FRESH, _CACHED, _OUTPUT = 1_000, 100, 4_000
@@ -54,7 +55,6 @@ _WEIGHT = 1_000  # one share
 _DEPTH_MAX = 3
 _OWN = ""  # the name of a member's own leaf, which is no path
 _SWEPT_MAX = 4  # accounts forgotten per dispatch and level: more than can come, in small steps
-_GARBAGE_MIN = 16  # entries; smaller heaps are not worth compacting
 
 
 def price(*, fresh: int = 0, cached: int = 0, output: int = 0, factor_milli: int) -> int:
@@ -78,160 +78,17 @@ class Standing:
     running: int
 
 
-class _Keyed(Protocol):
-    @property
-    def key(self) -> int: ...
-
-
-_T = TypeVar("_T", bound=_Keyed)
-
-
-class Heap(Generic[_T]):
-    """A set of items, least key first, equals in the order of entry. Keys may grow unannounced."""
-
-    __slots__ = ("_entries", "_entry_of", "_next")
-
-    def __init__(self) -> None:
-        self._entries: list[tuple[int, int, _T]] = []
-        self._entry_of: dict[_T, int] = {}
-        self._next = 0
-
-    def add(self, item: _T) -> None:
-        """Put the item in, or in its new place after its key has become less."""
-        number = self._next = self._next + 1
-        self._entry_of[item] = number
-        heapq.heappush(self._entries, (item.key, number, item))
-        self._clear_away()
-
-    def discard(self, item: _T) -> None:
-        """Take the item out, if it is in."""
-        if self._entry_of.pop(item, None) is not None:
-            self._clear_away()
-
-    def least(self) -> _T | None:
-        """The item of least key, or None when empty."""
-        entries = self._entries
-        while entries:
-            key, number, item = entries[0]
-            if self._entry_of.get(item) != number:
-                heapq.heappop(entries)
-            elif key != item.key:
-                number = self._next = self._next + 1
-                self._entry_of[item] = number
-                heapq.heapreplace(entries, (item.key, number, item))
-            else:
-                return item
-        return None
-
-    def _clear_away(self) -> None:
-        if len(self._entries) > 2 * len(self._entry_of) + _GARBAGE_MIN:
-            self._entries = [(item.key, number, item) for item, number in self._entry_of.items()]
-            heapq.heapify(self._entries)
-
-    def __contains__(self, item: object) -> bool:
-        return item in self._entry_of
-
-    def __len__(self) -> int:
-        return len(self._entry_of)
-
-    def __iter__(self) -> Iterator[_T]:
-        return iter(self._entry_of)
-
-    def __repr__(self) -> str:
-        return f"<Heap of {len(self._entry_of)}, {len(self._entries)} entries>"
-
-    def validate(self) -> None:
-        """Assert that each item has its entry, and none with a key above its own."""
-        numbers = {number: (key, item) for key, number, item in self._entries}
-        assert len(numbers) == len(self._entries) <= 2 * len(self._entry_of) + _GARBAGE_MIN
-        for item, number in self._entry_of.items():
-            key, entered = numbers[number]
-            assert entered is item
-            assert key <= item.key
-
-
-@dataclass(slots=True, eq=False, kw_only=True)
-class Place:
-    """A waiting request's place among its account's own: `key` is its turn, least first."""
-
-    id: str
-    account: Account
-    lane: Lane
-    key: int
-
-
-def _nobody() -> Heap[Account]:
-    return Heap()  # annotated here, because Heap["Account"]() costs a microsecond each time
-
-
-@dataclass(slots=True, eq=False, repr=False, kw_only=True)
-class Account:
-    """What one member has had, and what waits below it."""
-
-    member: str
-    name: str  # among its siblings
-    parent: Account | None
-    weight: int
-    key: int = 0
-    base: int = 0  # of the key: what lifts and former weights have made of it
-    paid: int = 0  # micro-credits since `base` was set
-    service: int = 0  # micro-credits since the account was opened
-    service_forgotten: int = 0  # of it, for children that were forgotten
-    virtual: int = 0  # largest key of a child ever dispatched
-    queued: int = 0
-    running: int = 0
-    path: tuple[tuple[Account, Account], ...] = ()  # (account, parent), from the organisation on
-    children: dict[str, Account] = field(default_factory=dict[str, "Account"])
-    lanes: dict[Lane, Heap[Account | Place]] = field(
-        default_factory=dict[Lane, "Heap[Account | Place]"]
-    )
-    idle: Heap[Account] = field(default_factory=_nobody)
-
-    def least(self, lanes: Iterable[Lane]) -> Account | Place | None:
-        """The child or, in a leaf, the request of least key that waits in one of `lanes`."""
-        found: Account | Place | None = None
-        for lane in lanes:
-            heap = self.lanes.get(lane)
-            item = heap.least() if heap else None
-            if item is not None and (found is None or item.key < found.key):
-                found = item
-        return found
-
-    def level(self) -> int:
-        """The key to which a child is lifted that begins to wait."""
-        if self.lanes:
-            least = self.least(self.lanes)
-            assert least is not None
-            return least.key
-        return self.virtual
-
-    def lift(self, level: int) -> None:
-        """Raise the key to `level`; a key above it stays."""
-        if level > self.key:
-            self.base += level - self.key
-            self.key = level
-
-    def pay(self, micro_credits: int) -> None:
-        """Add to the key what this service costs; a negative amount is a refund."""
-        self.service += micro_credits
-        self.paid += micro_credits
-        former, self.key = self.key, self.base + self.paid * _WEIGHT // self.weight
-        if self.key < former and self.parent is not None:
-            for lane in self.lanes:
-                self.parent.lanes[lane].add(self)
-
-    def weigh(self, weight: int) -> None:
-        """Let what comes be paid by another weight; what was paid stays paid."""
-        self.base, self.paid, self.weight = self.key, 0, weight
-
-    def __repr__(self) -> str:
-        return f"<Account {self.member} key={self.key} {self.queued} queued {self.running} running>"
-
-
 class Shares:
-    """The tree of accounts, and which waiting request is next."""
+    """The tree of accounts, and which waiting request is next.
 
-    def __init__(self) -> None:
+    An account that had something to do up to `rest_s` seconds ago is awake: it counts when shares
+    are computed, and is not forgotten.
+    """
+
+    def __init__(self, rest_s: float = 0.0) -> None:
+        self._rest_s = rest_s
+        self._resting: OrderedDict[Account, float] = OrderedDict()  # since when, longest first
+        self._awake_leaves = 0
         self._root = Account(member="", name="", parent=None, weight=_WEIGHT)
         self._leaves: dict[str, Account] = {}
         self._weights: dict[str, int] = {}
@@ -250,6 +107,18 @@ class Shares:
     def service(self) -> int:
         """The price of all service so far, in micro-credits."""
         return self._root.service
+
+    @property
+    def awake(self) -> int:
+        """Leaves that wait, run, or did so a moment ago."""
+        return self._awake_leaves
+
+    def share(self, leaf: Account) -> float:
+        """Which part of everything is due to this leaf, among all that are awake."""
+        share = 1.0
+        for account, parent in leaf.path:
+            share *= account.weight / parent.awake_weight
+        return share
 
     def weigh(self, member: str, weight: int) -> None:
         """Give a member its weight among its siblings, in thousandths."""
@@ -277,6 +146,10 @@ class Shares:
             if not account.queued:
                 if not account.running:
                     parent.idle.discard(account)
+                    self._resting.pop(account, None)
+                    if not account.awake:
+                        account.wake(parent)
+                        self._awake_leaves += account is leaf
                 account.lift(parent.level())
 
     def enqueue(self, place: Place) -> None:
@@ -291,6 +164,11 @@ class Shares:
             if item not in heap:
                 heap.add(item)
             item, account = account, account.parent
+        homes = place.account.homes.setdefault(place.lane, {})
+        own = homes.get(place.homes)
+        if own is None:
+            own = homes[place.homes] = Heap()
+        own.add(place)
 
     def dequeue(self, place: Place) -> None:
         """Let a request wait no longer, because it starts or is not wanted any more."""
@@ -305,13 +183,19 @@ class Shares:
                 if emptied:
                     del account.lanes[place.lane]
             account = account.parent
+        homes = place.account.homes[place.lane]
+        homes[place.homes].discard(place)
+        if not homes[place.homes]:
+            del homes[place.homes]
+            if not homes:
+                del place.account.homes[place.lane]
 
-    def pick(self, lanes: Iterable[Lane]) -> Place | None:
-        """The waiting request that is next for a slot to which these lanes are open."""
-        item = self._root.least(lanes)
-        while isinstance(item, Account):
-            item = item.least(lanes)
-        return item
+    def window(self, lanes: Sequence[Lane], *, window: int, most: int) -> Iterator[Account]:
+        """Leaves that are next for a slot to which `lanes` are open, whoever is first first.
+
+        At each level those with keys up to `window` above the least; about `most` in all.
+        """
+        return _window(self._root, lanes, window, most)
 
     def start(self, leaf: Account, micro_credits: int) -> None:
         """A request of `leaf` starts, and pays this much at once."""
@@ -336,11 +220,26 @@ class Shares:
         for account, _ in leaf.path:
             account.running -= 1
 
-    def retire(self, leaf: Account) -> None:
-        """Forget what is idle on the path of `leaf`, at once or when the others have caught up."""
-        for account, parent in reversed(leaf.path):
+    def retire(self, leaf: Account, now: float = 0.0) -> None:
+        """What is idle on the path of `leaf` rests from now on."""
+        for account, _ in reversed(leaf.path):
             if account.queued or account.running:
+                break
+            self._resting[account] = now
+            self._resting.move_to_end(account)
+        self.tick(now)
+
+    def tick(self, now: float) -> None:
+        """Forget who has rested long enough, at once or when the others have caught up."""
+        while self._resting:
+            account, since = next(iter(self._resting.items()))
+            if since + self._rest_s > now:
                 return
+            del self._resting[account]
+            parent = account.parent
+            assert parent is not None
+            account.sleep(parent)
+            self._awake_leaves -= _is_leaf(account)
             if account.key > parent.level():
                 parent.idle.add(account)
             else:
@@ -369,6 +268,11 @@ class Shares:
         """Assert the invariants of the module's docstring."""
         leaves = {account.member: account for account in _below(self._root) if _is_leaf(account)}
         assert leaves == self._leaves
+        assert self._awake_leaves == sum(leaf.awake for leaf in leaves.values())
+        for account in _below(self._root):
+            busy = bool(account.queued or account.running)
+            assert account.awake == (busy or account in self._resting)
+            assert not (busy and account in self._resting)
         for account in (self._root, *_below(self._root)):
             _validate(account)
 
@@ -410,6 +314,16 @@ class Shares:
                 del self._leaves[below.member]
 
 
+def _window(account: Account, lanes: Sequence[Lane], window: int, most: int) -> Iterator[Account]:
+    if _is_leaf(account):
+        yield account
+        return
+    children = account.near(lanes, window=window, most=most)
+    each = -(-most // len(children)) if children else 0
+    for child in children:
+        yield from _window(child, lanes, window, each)
+
+
 def _is_leaf(account: Account) -> bool:
     return account.name == _OWN or len(account.path) == _DEPTH_MAX
 
@@ -428,6 +342,10 @@ def _validate(account: Account) -> None:
     if account.parent is not None and _is_leaf(account):
         assert not children
         assert account.queued == sum(map(len, account.lanes.values()))
+        assert account.homes.keys() == account.lanes.keys()
+        for lane, homes in account.homes.items():
+            kept = {place for heap in homes.values() for place in heap}
+            assert kept == set(account.lanes[lane])
     else:
         assert account.queued == sum(child.queued for child in children)
         assert account.running == sum(child.running for child in children)
@@ -444,5 +362,6 @@ def _validate_heaps(account: Account) -> None:
         assert set(heap) == {child for child in account.children.values() if lane in child.lanes}
     account.idle.validate()
     for child in account.children.values():
-        active = child.queued or child.running
-        assert (child in account.idle) == (not active)
+        assert (child in account.idle) == (not child.awake)
+    awake = sum(child.weight for child in account.children.values() if child.awake)
+    assert account.awake_weight == awake

@@ -34,6 +34,7 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import assert_never
 
+from anser.core.account import Place
 from anser.core.events import (
     Abort,
     Cancelled,
@@ -51,7 +52,7 @@ from anser.core.events import (
     Submitted,
     Weighed,
 )
-from anser.core.fairness import Place, Shares, Standing, price
+from anser.core.fairness import Shares, Standing, price
 from anser.core.ledger import Usage
 from anser.core.slots import NodeSlots, Slots
 
@@ -60,41 +61,25 @@ __all__ = ["Scheduler"]
 _FRONT = 1 << 62  # ahead of every turn that will ever be given
 
 
-@dataclass(slots=True, eq=False, kw_only=True)
-class _Job(Place):
-    """A request that waits (`node` is None) or runs."""
-
-    request: Request
-    attempt: int = 0
-    node: NodeSlots | None = None
-    charged: int = 0  # micro-credits, for the present attempt
-    cancelled: bool = False
-
-    @property
-    def lease(self) -> str:
-        """The present lease."""
-        return f"{self.id}.{self.attempt}"
-
-    @property
-    def factor_milli(self) -> int:
-        """The price factor of its model, in thousandths."""
-        return self.request.factor_milli
-
-
 class Scheduler:
     """Hierarchical weighted fair queueing with late binding: `handle(event, now)`."""
 
-    def __init__(self, queued_max: int, retries_max: int) -> None:
+    def __init__(
+        self, queued_max: int, retries_max: int, rules: Rules = DEFAULT_RULES
+    ) -> None:
         assert queued_max >= 0
         assert retries_max >= 1
+        self.rules = rules
         self.queued_max = queued_max
         self.retries_max = retries_max
         self.dropped = 0
         self._now = float("-inf")
-        self._shares = Shares()
+        self._shares = Shares(rules.awake_s)
         self._slots = Slots()
-        self._jobs: dict[str, _Job] = {}  # by request
-        self._leases: dict[str, _Job] = {}
+        self._index = PrefixIndex()
+        self._picker = Picker(rules, self._shares, self._slots)
+        self._jobs: dict[str, Job] = {}  # by request
+        self._leases: dict[str, Job] = {}
         self._turn = 0
 
     @property
@@ -134,6 +119,33 @@ class Scheduler:
         """Take one event at monotonic time `now` (seconds) and say what has to be done."""
         assert now >= self._now
         self._now = now
+        others = self._shares.awake > 1
+        self._shares.tick(now)
+        decisions = self._take(event)
+        for job in self._picker.released(now):
+            decisions += self._place_again(job)
+        if others and self._shares.awake <= 1 and self._shares.queued:
+            for node in self._slots.nodes():  # its express slots are open to whoever is left
+                decisions += self._fill(node)
+        return decisions
+
+    def wait_s(self, member: str, model: str) -> float:
+        """How long one more request of this member would wait for a slot, as far as can be told.
+
+        Each free slot goes to the members by their weights, so about as many requests go before it
+        as the member has waiting, for each share of all that are awake; slots become free as often
+        as they have lately.
+        """
+        lane = self._slots.lane(model)
+        if not self._shares.queued and next(self._slots.freest(lane), None) is not None:
+            return 0.0
+        leaf = self._shares.leaf(member)
+        before = min(self._shares.queued, leaf.queued / self._shares.share(leaf)) + 1
+        freed_s = sum(node.slots / node.pace.hold_s.value for node in lane.supply.nodes.values())
+        self._shares.retire(leaf, self._now)
+        return before / freed_s if freed_s else inf
+
+    def _take(self, event: Event) -> list[Decision]:
         match event:
             case Submitted():
                 return self._submit(event.request)
@@ -144,6 +156,7 @@ class Scheduler:
             case NodeChanged():
                 return self._change(event.node, event.slots, event.models)
             case NodeGone():
+                self._index.drop(event.node)
                 return self._change(event.node, 0, frozenset())
             case Weighed():
                 self._shares.weigh(event.member, event.weight)
@@ -187,7 +200,7 @@ class Scheduler:
         if node is None and self._shares.queued >= self.queued_max:
             return [Refused(request=request.id, code="overloaded")]
         self._turn += 1
-        job = _Job(
+        job = Job(
             id=request.id,
             account=self._shares.leaf(request.member),
             lane=lane,
@@ -237,7 +250,7 @@ class Scheduler:
             decisions += self._fill(other)
         return decisions
 
-    def _retry(self, job: _Job, node: NodeSlots) -> list[Decision]:
+    def _retry(self, job: Job, node: NodeSlots) -> list[Decision]:
         if job.attempt >= self.retries_max:
             return [
                 Refused(request=job.id, code="retries_exhausted"),
@@ -252,7 +265,7 @@ class Scheduler:
         self._slots.give_back(node)
         return decisions + self._fill(node)
 
-    def _arrive(self, job: _Job, node: NodeSlots | None) -> list[Decision]:
+    def _arrive(self, job: Job, node: NodeSlots | None) -> list[Decision]:
         self._shares.arrive(job.account)
         if node is not None:
             return [self._start(job, node)]
@@ -271,7 +284,7 @@ class Scheduler:
             decisions.append(self._start(job, node))
         return decisions
 
-    def _start(self, job: _Job, node: NodeSlots) -> Start:
+    def _start(self, job: Job, node: NodeSlots) -> Start:
         request = job.request
         self._slots.take(node)
         job.node = node
@@ -288,11 +301,11 @@ class Scheduler:
         self._leases[lease.id] = job
         return Start(lease=lease, request=request)
 
-    def _charge(self, job: _Job, micro_credits: int) -> None:
+    def _charge(self, job: Job, micro_credits: int) -> None:
         job.charged += micro_credits
         self._shares.charge(job.account, micro_credits)
 
-    def _settle(self, job: _Job, usage: Usage) -> None:
+    def _settle(self, job: Job, usage: Usage) -> None:
         due = price(
             fresh=usage.prompt_tokens - usage.cached_tokens,
             cached=usage.cached_tokens,
@@ -301,21 +314,21 @@ class Scheduler:
         )
         self._charge(job, due - job.charged)
 
-    def _stop(self, job: _Job) -> None:
+    def _stop(self, job: Job) -> None:
         del self._leases[job.lease]
         job.node = None
         self._shares.end(job.account)
 
-    def _end(self, job: _Job, node: NodeSlots) -> list[Decision]:
+    def _end(self, job: Job, node: NodeSlots) -> list[Decision]:
         self._stop(job)
         self._forget(job)
         self._slots.give_back(node)
         return self._fill(node)
 
-    def _dequeue(self, job: _Job) -> None:
+    def _dequeue(self, job: Job) -> None:
         self._shares.dequeue(job)
         self._slots.leave(job.lane)
 
-    def _forget(self, job: _Job) -> None:
+    def _forget(self, job: Job) -> None:
         del self._jobs[job.id]
         self._shares.retire(job.account)

@@ -23,8 +23,10 @@ supply exists only with nodes or lanes.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+
+from anser.core.pace import Pace
 
 __all__ = ["Lane", "NodeSlots", "Slots", "Supply"]
 
@@ -37,10 +39,15 @@ class NodeSlots:
     """One node: how many slots it has, how many are taken, and what it serves."""
 
     id: str
-    slots: int = 0
+    slots: int = 0  # that may be used: what it claims, as far as it keeps that
     taken: int = 0
     supplies: tuple[Supply, ...] = ()
     level: int = 0
+    claimed: int = 0
+    bit: int = 0  # in `Place.homes`
+    reading: int = 0  # fresh prompt tokens that it was sent and has not answered yet
+    reading_heavy: int = 0  # of these, those of members above their share
+    pace: Pace = field(default_factory=Pace)
 
     @property
     def free(self) -> int:
@@ -76,6 +83,7 @@ class Supply:
     model: str
     nodes: dict[str, NodeSlots] = field(default_factory=dict[str, NodeSlots])
     lanes: dict[frozenset[str], Lane] = field(default_factory=dict[frozenset[str], Lane])
+    slots: int = 0  # of all its nodes
     levels: dict[int, dict[NodeSlots, None]] = field(
         default_factory=dict[int, dict[NodeSlots, None]]
     )
@@ -102,22 +110,37 @@ class Slots:
     def __init__(self) -> None:
         self._nodes: dict[str, NodeSlots] = {}
         self._supplies: dict[str, Supply] = {}
+        self._by_bit: dict[int, NodeSlots] = {}
 
-    def change(self, id: str, *, slots: int, models: Iterable[str]) -> NodeSlots:
+    def change(self, id: str, *, slots: int, models: Iterable[str], bit: int = 0) -> NodeSlots:
         """From now on this node has `slots` slots for `models`; no slots means it takes nothing."""
         node = self._nodes.setdefault(id, NodeSlots(id))
+        if bit:
+            node.bit = bit
+            self._by_bit[bit] = node
         self._place(node, level=0)
         former = node.supplies
         for supply in former:
             del supply.nodes[id]
-        node.slots = slots
+            supply.slots -= node.slots
+        node.claimed, node.slots = slots, node.pace.slots(slots)
         node.supplies = tuple(map(self._supply, sorted(set(models)))) if slots else ()
         for supply in node.supplies:
             supply.nodes[id] = node
+            supply.slots += node.slots
         self._settle(node)
         for supply in former:
             self._forget_supply(supply)
         return node
+
+    def throttle(self, node: NodeSlots) -> None:
+        """Let the node have as many slots as it has shown to keep, of those that it claims."""
+        slots = node.pace.slots(node.claimed)
+        if slots != node.slots:
+            for supply in node.supplies:
+                supply.slots += slots - node.slots
+            node.slots = slots
+            self._settle(node)
 
     def take(self, node: NodeSlots) -> None:
         """Take a free slot of `node`."""
@@ -150,17 +173,16 @@ class Slots:
             del lane.supply.lanes[lane.excluded]
             self._forget_supply(lane.supply)
 
-    def best(self, lane: Lane) -> NodeSlots | None:
-        """The node open to `lane` with the largest free share, if any has a free slot."""
+    def freest(self, lane: Lane) -> Iterator[NodeSlots]:
+        """The nodes open to `lane` that have a free slot, the largest free share first."""
         supply = lane.supply
         mask = supply.levels_mask
         while mask:
             level = mask.bit_length() - 1
             for node in supply.levels[level]:
                 if lane.open_to(node):
-                    return node
+                    yield node
             mask ^= 1 << level
-        return None
 
     def waiting_for(self, node: NodeSlots) -> list[Lane]:
         """The lanes in which something waits that may run on `node`."""
@@ -181,6 +203,15 @@ class Slots:
                 names = sorted(lane.excluded & lane.supply.nodes.keys())
                 nodes |= {node: None for node in map(self._nodes.__getitem__, names) if node.free}
         return list(nodes)
+
+    def with_bits(self, bits: int) -> Iterator[NodeSlots]:
+        """The nodes that have one of these bits."""
+        while bits:
+            bit = bits & -bits
+            node = self._by_bit.get(bit)
+            if node is not None:
+                yield node
+            bits ^= bit
 
     def models(self, id: str) -> tuple[str, ...]:
         """The models that this node serves now."""
@@ -214,6 +245,8 @@ class Slots:
             assert node.slots or node.taken
             assert node.slots or not node.supplies
             assert node.level == _level(node)
+            assert node.slots == node.pace.slots(node.claimed)
+            assert 0 <= node.reading_heavy <= node.reading
             assert all(self._supplies.get(supply.model) is supply for supply in node.supplies)
             assert all(supply.nodes.get(id) is node for supply in node.supplies)
         for model, supply in self._supplies.items():
@@ -228,6 +261,7 @@ class Slots:
         self._place(node, level=_level(node))
         if not node.slots and not node.taken:
             del self._nodes[node.id]
+            self._by_bit.pop(node.bit, None)
 
     def _place(self, node: NodeSlots, *, level: int) -> None:
         old = node.level
@@ -247,6 +281,7 @@ def _level(node: NodeSlots) -> int:
 
 
 def _validate_supply(supply: Supply) -> None:
+    assert supply.slots == sum(node.slots for node in supply.nodes.values())
     for excluded, lane in supply.lanes.items():
         assert lane.waiting > 0
         assert lane.supply is supply
