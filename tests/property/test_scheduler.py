@@ -24,6 +24,7 @@ from anser.core.events import (
     Weighed,
 )
 from anser.core.ledger import Usage
+from anser.core.rules import STRICT
 from anser.core.scheduler import Scheduler
 from tests.property.oracle import Oracle
 
@@ -60,7 +61,7 @@ class Pool(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.scheduler = Scheduler(queued_max=12, retries_max=3)
+        self.scheduler = Scheduler(12, 3, STRICT)
         self.oracle = Oracle(queued_max=12, retries_max=3)
         self.now = 0.0
         self.submitted: set[str] = set()
@@ -72,7 +73,7 @@ class Pool(RuleBasedStateMachine):
         self.now += 0.1
         before = set(self.oracle.jobs)
         decisions = self.scheduler.handle(event, self.now)
-        self.oracle.check(event, decisions)
+        self.oracle.check(event, decisions, self.now)
         self.ends.update(before - set(self.oracle.jobs))
         refused = [d.request for d in decisions if isinstance(d, Refused)]
         self.ends.update(id for id in refused if id not in before)

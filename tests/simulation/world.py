@@ -21,6 +21,7 @@ from anser.adapters.signer import KeyFileSigner
 from anser.core.errors import AnserError, StoreFull
 from anser.core.events import Decision, Event, Refused
 from anser.core.fleet import Node
+from anser.core.rules import STRICT
 from anser.core.scheduler import Scheduler
 from anser.ports import Call, Engine, Route
 from anser.services.fleet import Fleet
@@ -44,14 +45,14 @@ class CheckedScheduler(Scheduler):
     """The real scheduler, each of its decisions checked against the rules."""
 
     def __init__(self, queued_max: int) -> None:
-        super().__init__(queued_max, _RETRIES_MAX)
+        super().__init__(queued_max, _RETRIES_MAX, STRICT)
         self._oracle = Oracle(queued_max=queued_max, retries_max=_RETRIES_MAX)
         self.out_of_tries: set[str] = set()
 
     def handle(self, event: Event, now: float) -> list[Decision]:
         """Handle and check."""
         decisions = super().handle(event, now)
-        self._oracle.check(event, decisions)
+        self._oracle.check(event, decisions, now)
         self._oracle.compare(self)
         self.validate()
         refusals = [d for d in decisions if isinstance(d, Refused)]

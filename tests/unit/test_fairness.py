@@ -55,9 +55,15 @@ class Pool:
         self.shares.retire(leaf)
         self.shares.validate()
 
+    def first(self, *models: str) -> Place | None:
+        """Who is next for these models, by the least key and nothing else."""
+        lanes = [self.lanes[model] for model in models or ("m",)]
+        leaf = next(self.shares.window(lanes, window=0, most=1), None)
+        return None if leaf is None else leaf.oldest(lanes)
+
     def next(self, *models: str, credits: int = 10) -> str:
         """Start whoever is next for these models, and say who it was."""
-        place = self.shares.pick([self.lanes[model] for model in models or ("m",)])
+        place = self.first(*models)
         assert place is not None
         self.shares.dequeue(place)
         self.shares.start(place.account, credits)

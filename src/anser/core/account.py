@@ -1,7 +1,12 @@
 """One member's account: what it has had, what waits below it, and what of that fits a node best.
 
-Theory of operation. An account's key is `base + floor(1,000 x paid / weight)`: micro-credits per
-share. Its children wait in one heap for each lane in which anything below them waits; in a leaf the
+Theory of operation. What an account was served is measured in micro-credits per share, `measure`.
+In each pool in which it has anything to do it has a key there: the measure and a base, which says
+where it stood when it came. So whatever it is served anywhere counts wherever it waits; only that
+what other pools serve it never puts it further ahead than `ceilings` (`pay`), or it would wait in a
+slow pool for as long as a fast one serves it.
+
+Its children wait in one heap for each lane in which anything below them waits; in a leaf the
 requests themselves do. A leaf also keeps its requests by the nodes that have the beginning of their
 prompts in their caches, so that a node can be given the one that gains most there, wherever in the
 queue it stands. `fairness` owns the tree and its rules.
@@ -11,18 +16,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from operator import attrgetter
 
 from anser.core.heap import Heap
 from anser.core.pace import Smooth
 from anser.core.slots import Lane
+from anser.core.virtual import Pool, Virtual
 
 __all__ = ["Account", "Place"]
 
 _WEIGHT = 1_000  # one share
 _OUTPUT_TOKENS = 256.0  # of an answer, until a member has had one
-
-_key = attrgetter("key")
 
 
 @dataclass(slots=True, eq=False, kw_only=True)
@@ -37,9 +40,9 @@ class Place:
     hit: int = 0  # how much of it they have, in tokens
     since: float = 0.0  # when it began to wait
 
-
-def _nobody() -> Heap[Account]:
-    return Heap()  # annotated here, because Heap["Account"]() costs a microsecond each time
+    def key_in(self, _: Pool) -> int:
+        """Its turn, whatever the pool."""
+        return self.key
 
 
 def _output() -> Smooth:
@@ -54,12 +57,14 @@ class Account:
     name: str  # among its siblings
     parent: Account | None
     weight: int
-    key: int = 0
-    base: int = 0  # of the key: what lifts and former weights have made of it
-    paid: int = 0  # micro-credits since `base` was set
+    measure: int = 0  # micro-credits per share: all service, each by the weight of its time
+    carried: int = 0  # of it, by former weights
+    paid: int = 0  # micro-credits by the present weight
     service: int = 0  # micro-credits since the account was opened
     service_forgotten: int = 0  # of it, for children that were forgotten
-    virtual: int = 0  # largest key of a child ever dispatched
+    bases: dict[Pool, int] = field(default_factory=dict[Pool, int])
+    ceilings: dict[Pool, int] = field(default_factory=dict[Pool, int])
+    virtual: dict[Pool, Virtual] = field(default_factory=dict[Pool, Virtual])  # of its children
     queued: int = 0
     running: int = 0
     path: tuple[tuple[Account, Account], ...] = ()  # (account, parent), from the organisation on
@@ -67,7 +72,7 @@ class Account:
     lanes: dict[Lane, Heap[Account | Place]] = field(
         default_factory=dict[Lane, "Heap[Account | Place]"]
     )
-    idle: Heap[Account] = field(default_factory=_nobody)
+    idle: dict[Pool, Heap[Account]] = field(default_factory=dict[Pool, "Heap[Account]"])
     awake: bool = False  # waits, runs, or did so a moment ago
     awake_weight: int = 0  # of the children that are awake
     homes: dict[Lane, dict[int, Heap[Place]]] = field(
@@ -75,14 +80,25 @@ class Account:
     )  # of a leaf: what waits, by the nodes that have its beginning
     output: Smooth = field(default_factory=_output)  # of a leaf: tokens of its answers
 
+    def key_in(self, pool: Pool) -> int:
+        """Where it stands among its siblings in a pool in which it has something to do."""
+        return self.bases[pool] + self.measure
+
     def least(self, lanes: Iterable[Lane]) -> Account | Place | None:
-        """The child or, in a leaf, the request of least key that waits in one of `lanes`."""
+        """The child or, in a leaf, the request of least key that waits in one of `lanes`.
+
+        All of one pool.
+        """
         found: Account | Place | None = None
+        least = 0
         for lane in lanes:
             heap = self.lanes.get(lane)
             item = heap.least() if heap else None
-            if item is not None and (found is None or item.key < found.key):
-                found = item
+            if item is None:
+                continue
+            key = item.key_in(lane.supply.pool)
+            if found is None or key < least:
+                found, least = item, key
         return found
 
     def near(self, lanes: Sequence[Lane], *, window: int, most: int) -> list[Account]:
@@ -93,16 +109,17 @@ class Account:
         least = self.least(lanes)
         if least is None or most == 1:
             return [] if least is None else [_account(least)]
+        pool = lanes[0].supply.pool
+        limit = least.key_in(pool) + window
         found: dict[Account | Place, None] = {least: None}
         for lane in lanes:
             heap = self.lanes.get(lane)
             if heap is not None:
-                found.update(dict.fromkeys(heap.upto(least.key + window, most)))
-        return [_account(item) for item in sorted(found, key=_key)[:most]]
+                found.update(dict.fromkeys(heap.upto(limit, most)))
+        order = sorted(found, key=lambda item: item.key_in(pool))
+        return [_account(item) for item in order[:most]]
 
-    def choice(
-        self, lanes: Sequence[Lane], bit: int, *, waited_since: float
-    ) -> tuple[Place, int]:
+    def choice(self, lanes: Sequence[Lane], bit: int, *, waited_since: float) -> tuple[Place, int]:
         """Of a leaf: the request that gains most on the node of this bit, and what it gains.
 
         The oldest of those whose beginning is there, else of those whose beginning is nowhere, else
@@ -132,34 +149,61 @@ class Account:
         assert isinstance(place, Place)
         return place
 
-    def level(self) -> int:
-        """The key to which a child is lifted that begins to wait."""
-        if self.lanes:
-            least = self.least(self.lanes)
-            assert least is not None
-            return least.key
-        return self.virtual
+    def waits_in(self, pool: Pool) -> bool:
+        """Whether anything at or below it waits for a slot of this pool."""
+        return any(lane.supply.pool is pool for lane in self.lanes)
 
-    def lift(self, level: int) -> None:
-        """Raise the key to `level`; a key above it stays."""
-        if level > self.key:
-            self.base += level - self.key
-            self.key = level
+    def level(self, pool: Pool) -> int:
+        """The key to which a child is lifted that begins to wait in this pool."""
+        least = self.least([lane for lane in self.lanes if lane.supply.pool is pool])
+        if least is not None:
+            return least.key_in(pool)
+        virtual = self.virtual.get(pool)
+        return 0 if virtual is None else virtual.now
 
-    def pay(self, micro_credits: int) -> None:
-        """Add to the key what this service costs; a negative amount is a refund."""
+    def lift(self, pool: Pool, level: int) -> None:
+        """Let its key in this pool be `level`, or what it is if that is more."""
+        base = self.bases.get(pool)
+        if base is None or base + self.measure < level:
+            self.bases[pool] = level - self.measure
+
+    def limit(self, pool: Pool, ceiling: int) -> None:
+        """From now on, what other pools serve it puts it no further ahead than this."""
+        self.ceilings[pool] = max(ceiling, self.key_in(pool))
+
+    def leave(self, pool: Pool) -> None:
+        """It has nothing to do in this pool, and stands there as a newcomer does."""
+        self.bases.pop(pool, None)
+        self.ceilings.pop(pool, None)
+
+    def pay(self, micro_credits: int, pool: Pool) -> None:
+        """Add to the measure what this service of `pool` costs; a negative amount is a refund."""
         self.service += micro_credits
         self.paid += micro_credits
-        former, self.key = self.key, self.base + self.paid * _WEIGHT // self.weight
-        if self.key < former and self.parent is not None:
+        former, self.measure = self.measure, self.carried + self.paid * _WEIGHT // self.weight
+        if len(self.bases) > 1 or pool not in self.bases:
+            self._keep_below(pool, former)
+        if self.measure < former and self.parent is not None:
             for lane in self.lanes:
                 self.parent.lanes[lane].add(self)
+
+    def _keep_below(self, pool: Pool, former: int) -> None:
+        """What `pool` has just changed of the measure moves other pools' keys below ceilings only.
+
+        A key at its ceiling stays there when something is given back too: when that was charged,
+        it was not counted.
+        """
+        for other, base in self.bases.items():
+            if other is not pool:
+                before, ceiling = base + former, self.ceilings[other]
+                after = base + self.measure if before < ceiling else before
+                self.bases[other] = min(after, max(before, ceiling)) - self.measure
 
     def weigh(self, weight: int) -> None:
         """Let what comes be paid by another weight; what was paid stays paid."""
         if self.awake and self.parent is not None:
             self.parent.awake_weight += weight - self.weight
-        self.base, self.paid, self.weight = self.key, 0, weight
+        self.carried, self.paid, self.weight = self.measure, 0, weight
 
     def wake(self, parent: Account) -> None:
         """It has something to do; its weight counts among its siblings from now on."""
@@ -173,7 +217,8 @@ class Account:
         parent.awake_weight -= self.weight
 
     def __repr__(self) -> str:
-        return f"<Account {self.member} key={self.key} {self.queued} queued {self.running} running>"
+        counts = f"{self.queued} queued {self.running} running"
+        return f"<Account {self.member} {self.measure} had {counts}>"
 
 
 _NO_HOMES: dict[int, Heap[Place]] = {}

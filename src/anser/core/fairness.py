@@ -9,30 +9,37 @@ organisations, inside an organisation, and inside a project, each with its own w
 that is no person may have requests of its own: they wait in a leaf below it, which is one more
 child, of weight 1,000.
 
-*Pick*: from the root down, the account of least key among those that have something waiting in one
-of the open lanes; in the leaf, the oldest request. Between equals the one that has waited longer.
+*Pools*: models that compete for the same slots are a pool (`virtual`), and keys are compared within
+a pool only. What an account is served anywhere raises its key in all its pools, but by what other
+pools serve it no further than a minute's worth of service ahead of those who wait there.
 
-*Lift*: an account that had nothing waiting and now has is raised to the least key among its
-siblings that wait, or to its parent's virtual time (the largest key ever dispatched) if none does.
-It is never lowered: idleness earns nothing.
+*Pick*: from the root down, the accounts of least key, and those within a window above it, among all
+that have something waiting in one of the open lanes.
 
-*Forget*: an account with nothing waiting or running at or below it is dropped, with all below it,
-as soon as its key is not above the level that it would be lifted to. That is safe because its
-return would lift it there anyhow, as it does a newcomer. One whose key is ahead is kept until the
-others have caught up, so nobody resets its key by going away. (What is lost is who was ahead of
-whom inside an organisation, once the whole of it has been idle until others have passed it.) Hence
-memory is bounded by those who wait, run or are ahead.
+*Lift*: an account that had nothing waiting in a pool and now has is raised to the least key among
+its siblings that wait there, or to the pool's virtual time (the largest key ever dispatched) if
+none does. It is never lowered: idleness earns nothing.
+
+*Forget*: an account that has had nothing waiting or running at or below it for a while is dropped,
+with all below it, as soon as it is in no pool ahead of the level that it would be lifted to. That
+is safe because its return would lift it there anyhow, as it does a newcomer. One that is ahead is
+kept until the others have caught up, so nobody resets its key by going away. (What is lost is who
+was ahead of whom inside an organisation, once the whole of it has been idle until others have
+passed it; and all keys of a pool, once no node serves its models and nobody waits for them.) Hence
+memory is bounded by those who wait, run, did so a moment ago, or are ahead.
 
 Keys move with each charge, so the heaps are lazy: an entry whose item has moved on since is put
 back where it belongs when it surfaces; only a refund, which lowers a key, has to add an entry at
-once. A pick costs O(depth x log members), a charge O(depth), a lift O(depth x lanes).
+once. A pick costs O(depth x log members), a charge O(depth), a lift O(depth x lanes); a change of
+pools, which is rare, visits all accounts.
 
 Prices are exact: whole micro-credits. One credit is a fresh prompt token of a model of factor 1;
 a cached prompt token costs a tenth of it, an output token four times as much.
 
-Invariants: each key is base + floor(1,000 x paid / weight); service and counts of an account are
-the sums over its children, living or forgotten; an account is in its parent's heap of a lane if
-and only if something waits in that lane at or below it.
+Invariants: each measure is what was paid by former weights + floor(1,000 x paid / weight); an
+account has a base in each pool in which something waits at or below it; service and counts of an
+account are the sums over its children, living or forgotten; an account is in its parent's heap of a
+lane if and only if something waits in that lane at or below it.
 """
 
 from __future__ import annotations
@@ -44,7 +51,8 @@ from dataclasses import dataclass
 from anser.core.account import Account, Place
 from anser.core.heap import Heap
 from anser.core.members import ancestry
-from anser.core.slots import Lane
+from anser.core.slots import Lane, Moved
+from anser.core.virtual import Pool, Virtual
 
 __all__ = ["Shares", "Standing", "price"]
 
@@ -72,7 +80,7 @@ class Standing:
 
     member: str
     weight: int  # thousandths
-    key: int  # micro-credits per share of its siblings' measure
+    key: int  # micro-credits per share: its place in the pool in which it is furthest
     service: int  # micro-credits since the account was opened
     queued: int
     running: int
@@ -117,8 +125,24 @@ class Shares:
         """Which part of everything is due to this leaf, among all that are awake."""
         share = 1.0
         for account, parent in leaf.path:
-            share *= account.weight / parent.awake_weight
+            others = 0 if account.awake else account.weight  # or it counts already
+            share *= account.weight / (parent.awake_weight + others)
         return share
+
+    def standing_of(self, member: str) -> tuple[int, float]:
+        """How many of its own requests wait, and the share that is due to it if it has one more."""
+        names = ancestry(member)
+        account: Account | None = self._root
+        share = 1.0
+        for name in (*names, *[_OWN] * (_DEPTH_MAX - len(names)))[:_DEPTH_MAX]:
+            child = account.children.get(name) if account else None
+            weight = child.weight if child else self._weights.get(name, _WEIGHT)
+            awake = account.awake_weight if account else 0
+            share *= weight / (awake if child and child.awake else awake + weight)
+            account = child
+            if name == _OWN:
+                break
+        return account.queued if account else 0, share
 
     def weigh(self, member: str, weight: int) -> None:
         """Give a member its weight among its siblings, in thousandths."""
@@ -140,17 +164,23 @@ class Shares:
             account = account.children.get(name) if account else None
         return account
 
-    def arrive(self, leaf: Account) -> None:
+    def arrive(self, leaf: Account, pool: Pool) -> None:
         """A request of `leaf` is here, to wait or to start: lift whoever had nothing waiting."""
         for account, parent in leaf.path:
-            if not account.queued:
-                if not account.running:
-                    parent.idle.discard(account)
-                    self._resting.pop(account, None)
-                    if not account.awake:
-                        account.wake(parent)
-                        self._awake_leaves += account is leaf
-                account.lift(parent.level())
+            if not account.queued and not account.running:
+                self._wake(account, parent)
+            if not account.waits_in(pool):
+                account.lift(pool, parent.level(pool))
+                virtual = parent.virtual.get(pool)
+                account.limit(pool, 0 if virtual is None else virtual.reach)
+
+    def _wake(self, account: Account, parent: Account) -> None:
+        self._resting.pop(account, None)
+        if not account.awake:
+            for heap in parent.idle.values():
+                heap.discard(account)
+            account.wake(parent)
+            self._awake_leaves += _is_leaf(account)
 
     def enqueue(self, place: Place) -> None:
         """Let an arrived request wait."""
@@ -160,14 +190,14 @@ class Shares:
             account.queued += 1
             heap = account.lanes.get(place.lane)
             if heap is None:
-                heap = account.lanes[place.lane] = Heap()
+                heap = account.lanes[place.lane] = Heap(place.lane.supply.pool)
             if item not in heap:
                 heap.add(item)
             item, account = account, account.parent
         homes = place.account.homes.setdefault(place.lane, {})
         own = homes.get(place.homes)
         if own is None:
-            own = homes[place.homes] = Heap()
+            own = homes[place.homes] = Heap(place.lane.supply.pool)
         own.add(place)
 
     def dequeue(self, place: Place) -> None:
@@ -197,22 +227,26 @@ class Shares:
         """
         return _window(self._root, lanes, window, most)
 
-    def start(self, leaf: Account, micro_credits: int) -> None:
-        """A request of `leaf` starts, and pays this much at once."""
+    def start(self, leaf: Account, pool: Pool, micro_credits: int, now: float = 0.0) -> None:
+        """A request of `leaf` gets a slot of `pool`, and pays this much at once."""
         self._root.running += 1
         self._root.service += micro_credits
         for account, parent in leaf.path:
             account.running += 1
-            account.pay(micro_credits)
-            parent.virtual = max(parent.virtual, account.key)
-            if parent.idle:
-                self._sweep(parent)
+            account.pay(micro_credits, pool)
+            virtual = parent.virtual.get(pool)
+            if virtual is None:
+                virtual = parent.virtual[pool] = Virtual()
+            virtual.advance(account.key_in(pool), now)
+            account.limit(pool, virtual.reach)
+            if pool in parent.idle:
+                self._sweep(parent, pool)
 
-    def charge(self, leaf: Account, micro_credits: int) -> None:
+    def charge(self, leaf: Account, pool: Pool, micro_credits: int) -> None:
         """Charge, or refund if negative, a request of `leaf` that runs."""
         self._root.service += micro_credits
         for account, _ in leaf.path:
-            account.pay(micro_credits)
+            account.pay(micro_credits, pool)
 
     def end(self, leaf: Account) -> None:
         """A request of `leaf` runs no longer."""
@@ -240,9 +274,12 @@ class Shares:
             assert parent is not None
             account.sleep(parent)
             self._awake_leaves -= _is_leaf(account)
-            if account.key > parent.level():
-                parent.idle.add(account)
-            else:
+            for pool in list(account.bases):
+                if account.key_in(pool) > parent.level(pool):
+                    parent.idle.setdefault(pool, Heap(pool)).add(account)
+                else:
+                    account.leave(pool)
+            if not account.bases:
                 self._forget(account, parent)
 
     def standings(self) -> list[Standing]:
@@ -251,7 +288,7 @@ class Shares:
             Standing(
                 member=account.member,
                 weight=account.weight,
-                key=account.key,
+                key=max(map(account.key_in, account.bases), default=account.measure),
                 service=account.service,
                 queued=account.queued,
                 running=account.running,
@@ -295,23 +332,58 @@ class Shares:
         parent.children[name] = account
         return account
 
-    def _sweep(self, parent: Account) -> None:
-        level = parent.level()
+    def move(self, moved: Moved) -> None:
+        """Models have changed their pool: so do all keys, each as far ahead as it was."""
+        for account in (self._root, *_below(self._root)):
+            if moved.pool is not None:
+                _join(account, moved.former, moved.pool)
+        for account in (self._root, *_below(self._root)):
+            for pool in moved.ended:
+                account.virtual.pop(pool, None)
+                account.idle.pop(pool, None)
+                account.leave(pool)
+        for account in reversed([*_below(self._root)]):
+            if not account.awake and not account.bases and account.parent is not None:
+                self._forget(account, account.parent)
+
+    def _sweep(self, parent: Account, pool: Pool) -> None:
+        level, idle = parent.level(pool), parent.idle[pool]
         for _ in range(_SWEPT_MAX):
-            account = parent.idle.least()
-            if account is None or account.key > level:
-                return
-            self._forget(account, parent)
+            account = idle.least()
+            if account is None or account.key_in(pool) > level:
+                break
+            idle.discard(account)
+            account.leave(pool)
+            if not account.bases:
+                self._forget(account, parent)
+        if not idle:
+            del parent.idle[pool]
 
     def _forget(self, account: Account, parent: Account) -> None:
         del parent.children[account.name]
         parent.service_forgotten += account.service
-        parent.idle.discard(account)
         if _is_leaf(account):
             del self._leaves[account.member]
         for below in _below(account):
             if _is_leaf(below):
                 del self._leaves[below.member]
+
+
+def _join(parent: Account, former: tuple[Pool, ...], pool: Pool) -> None:
+    """Let all children be in `pool` what they were in the `former` ones, by virtual time."""
+    virtuals = {old: parent.virtual.get(old) or Virtual() for old in former}
+    joint = parent.virtual[pool] = Virtual.joint(virtuals.values())
+    for child in parent.children.values():
+        shifts = [(old, joint.now - virtuals[old].now) for old in former if old in child.bases]
+        if not shifts:
+            continue
+        child.bases[pool] = max(child.bases[old] + shift for old, shift in shifts)
+        child.ceilings[pool] = max(child.ceilings[old] + shift for old, shift in shifts)
+        if not child.awake:
+            parent.idle.setdefault(pool, Heap(pool)).add(child)
+    for lane, heap in parent.lanes.items():
+        if lane.supply.pool is pool:
+            heap.move(pool)
 
 
 def _window(account: Account, lanes: Sequence[Lane], window: int, most: int) -> Iterator[Account]:
@@ -325,7 +397,8 @@ def _window(account: Account, lanes: Sequence[Lane], window: int, most: int) -> 
 
 
 def _is_leaf(account: Account) -> bool:
-    return account.name == _OWN or len(account.path) == _DEPTH_MAX
+    depth = len(account.path)
+    return depth == _DEPTH_MAX or (depth > 0 and account.name == _OWN)
 
 
 def _below(account: Account) -> Iterator[Account]:
@@ -336,10 +409,13 @@ def _below(account: Account) -> Iterator[Account]:
 
 def _validate(account: Account) -> None:
     children = account.children.values()
-    assert account.key == account.base + account.paid * _WEIGHT // account.weight
+    assert account.measure == account.carried + account.paid * _WEIGHT // account.weight
+    assert account.bases.keys() == account.ceilings.keys() or account.parent is None
+    if account.parent is not None:
+        assert {lane.supply.pool for lane in account.lanes} <= account.bases.keys()
     assert account.queued >= 0
     assert account.running >= 0
-    if account.parent is not None and _is_leaf(account):
+    if _is_leaf(account):
         assert not children
         assert account.queued == sum(map(len, account.lanes.values()))
         assert account.homes.keys() == account.lanes.keys()
@@ -360,8 +436,10 @@ def _validate_heaps(account: Account) -> None:
     for lane, heap in account.lanes.items():
         heap.validate()
         assert set(heap) == {child for child in account.children.values() if lane in child.lanes}
-    account.idle.validate()
-    for child in account.children.values():
-        assert (child in account.idle) == (not child.awake)
+    for pool, idle in account.idle.items():
+        idle.validate()
+        resting = {child for child in account.children.values() if not child.awake}
+        assert set(idle) == {child for child in resting if pool in child.bases}
+    assert all(child.awake or child.bases for child in account.children.values())
     awake = sum(child.weight for child in account.children.values() if child.awake)
     assert account.awake_weight == awake

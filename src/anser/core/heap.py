@@ -1,5 +1,7 @@
 """A set that always knows its least item, though keys grow behind its back.
 
+An item has a key of its own in each pool (`virtual`); a heap is about one pool.
+
 Theory of operation. Keys move with each charge, so the heap is lazy: an entry whose item has moved
 on since is put back where it belongs when it surfaces. Only a key that becomes less has to be said
 (`add` again). Garbage is at most as much as there are items.
@@ -11,6 +13,8 @@ import heapq
 from collections.abc import Iterator
 from typing import Generic, Protocol, TypeVar
 
+from anser.core.virtual import Pool
+
 __all__ = ["Heap"]
 
 _GARBAGE_MIN = 16  # entries; smaller heaps are not worth compacting
@@ -18,8 +22,7 @@ _WALK = 4  # entries looked at for each item wanted: some are garbage, some have
 
 
 class _Keyed(Protocol):
-    @property
-    def key(self) -> int: ...
+    def key_in(self, pool: Pool) -> int: ...
 
 
 _T = TypeVar("_T", bound=_Keyed)
@@ -28,18 +31,24 @@ _T = TypeVar("_T", bound=_Keyed)
 class Heap(Generic[_T]):
     """A set of items, least key first, equals in the order of entry. Keys may grow unannounced."""
 
-    __slots__ = ("_entries", "_entry_of", "_next")
+    __slots__ = ("_entries", "_entry_of", "_next", "_pool")
 
-    def __init__(self) -> None:
+    def __init__(self, pool: Pool) -> None:
+        self._pool = pool
         self._entries: list[tuple[int, int, _T]] = []
         self._entry_of: dict[_T, int] = {}
         self._next = 0
+
+    def move(self, pool: Pool) -> None:
+        """From now on it is about this pool."""
+        self._pool = pool
+        self._build()
 
     def add(self, item: _T) -> None:
         """Put the item in, or in its new place after its key has become less."""
         number = self._next = self._next + 1
         self._entry_of[item] = number
-        heapq.heappush(self._entries, (item.key, number, item))
+        heapq.heappush(self._entries, (item.key_in(self._pool), number, item))
         self._clear_away()
 
     def discard(self, item: _T) -> None:
@@ -54,10 +63,10 @@ class Heap(Generic[_T]):
             key, number, item = entries[0]
             if self._entry_of.get(item) != number:
                 heapq.heappop(entries)
-            elif key != item.key:
+            elif key != (grown := item.key_in(self._pool)):
                 number = self._next = self._next + 1
                 self._entry_of[item] = number
-                heapq.heapreplace(entries, (item.key, number, item))
+                heapq.heapreplace(entries, (grown, number, item))
             else:
                 return item
         return None
@@ -73,7 +82,7 @@ class Heap(Generic[_T]):
             key, number, item = entries[place]
             if key > limit:
                 continue
-            if entry_of.get(item) == number and item.key <= limit:
+            if entry_of.get(item) == number and item.key_in(self._pool) <= limit:
                 found.append(item)
                 if len(found) == most:
                     break
@@ -84,8 +93,12 @@ class Heap(Generic[_T]):
 
     def _clear_away(self) -> None:
         if len(self._entries) > 2 * len(self._entry_of) + _GARBAGE_MIN:
-            self._entries = [(item.key, number, item) for item, number in self._entry_of.items()]
-            heapq.heapify(self._entries)
+            self._build()
+
+    def _build(self) -> None:
+        numbers = self._entry_of.items()
+        self._entries = [(item.key_in(self._pool), number, item) for item, number in numbers]
+        heapq.heapify(self._entries)
 
     def __contains__(self, item: object) -> bool:
         return item in self._entry_of
@@ -106,4 +119,4 @@ class Heap(Generic[_T]):
         for item, number in self._entry_of.items():
             key, entered = numbers[number]
             assert entered is item
-            assert key <= item.key
+            assert key <= item.key_in(self._pool)

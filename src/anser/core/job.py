@@ -53,9 +53,13 @@ class Job(Place):
             request.prompt_tokens * blocks * BLOCK_BYTES // max(1, request.text_bytes),
         )
 
+    def cached_on(self, node: NodeSlots) -> int:
+        """How much of its prompt the node is likely to have in its cache."""
+        return self.hit if self.homes & node.bit else 0
+
     def fresh_on(self, node: NodeSlots) -> int:
         """How much of its prompt the node is likely to have to read."""
-        return self.request.prompt_tokens - (self.hit if self.homes & node.bit else 0)
+        return self.request.prompt_tokens - self.cached_on(node)
 
     def price(self, usage: Usage) -> int:
         """What so much costs, in micro-credits."""

@@ -11,9 +11,9 @@ read for members that are not light, only light ones may have it, and it stays e
 *A request arrives* (`place`). Of the free slots, it gets the one where it is likely to end first:
 what the node has to read, what of the request's own prompt is fresh there, and how fast it writes.
 
-*Hold* is ski rental: a request waits for its home at most as long as its cached beginning would save
-(so it never loses more than twice what the best choice in hindsight would have cost), and only if
-the home is expected to have a slot by then.
+*Hold* is ski rental: a request waits for its home at most as long as its cached beginning would
+save (so it never loses more than twice what the best choice in hindsight would have cost), and only
+if the home is expected to have a slot by then.
 
 Everything here chooses among those whom the window lets through; none of it moves a key.
 """
@@ -102,7 +102,7 @@ class Picker:
         free = self.slots.freest(job.lane)
         if not self.rules.nearest:
             return list(islice(free, 1))
-        nodes = {node: None for node in islice(free, _FREE_NODES_MAX)}
+        nodes = dict.fromkeys(islice(free, _FREE_NODES_MAX))
         if job.homes and nodes:
             homes = self.slots.with_bits(job.homes)
             nodes |= {n: None for n in homes if n.free and self._serves(n, job.lane)}
@@ -132,10 +132,11 @@ class Picker:
 
     @staticmethod
     def _why(rule: Rule, job: Job, first: Account, gain: int, rivals: int) -> Why:
+        pool = job.lane.supply.pool
         return Why(
             rule=rule,
-            key=job.account.key,
-            least_key=first.key,
+            key=job.account.key_in(pool),
+            least_key=first.key_in(pool),
             rivals=rivals - 1,
             cached_tokens=max(0, gain),
         )

@@ -1,4 +1,4 @@
-"""What the scheduler is to do, as numbers: the defaults are the design's, a bench switches parts off.
+"""What the scheduler is to do, as numbers: the defaults are the design, a bench switches parts off.
 
 Each rule names what it buys. None of them can break the fairness bound, which follows from the
 window alone: they only choose among those whom the window lets through, or leave a slot empty.
@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import inf
 
-__all__ = ["STRICT", "Rules"]
+__all__ = ["DESIGN", "STRICT", "Rules"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,6 +40,9 @@ class Rules:
 
     batch_share: float = 0.05  # of the service of the last minutes that batch may have in any case
 
+
+DESIGN = Rules()
+"""All rules, as designed."""
 
 STRICT = Rules(
     window=0,

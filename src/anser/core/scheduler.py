@@ -31,10 +31,9 @@ by exactly one of Finished, Failed, Cancelled in the queue, or Refused; those of
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from math import inf
 from typing import assert_never
 
-from anser.core.account import Place
 from anser.core.events import (
     Abort,
     Cancelled,
@@ -48,12 +47,18 @@ from anser.core.events import (
     Progressed,
     Refused,
     Request,
+    Rule,
     Start,
     Submitted,
     Weighed,
+    Why,
 )
 from anser.core.fairness import Shares, Standing, price
+from anser.core.job import Job
 from anser.core.ledger import Usage
+from anser.core.picking import Picker
+from anser.core.prefix import PrefixIndex
+from anser.core.rules import DESIGN, Rules
 from anser.core.slots import NodeSlots, Slots
 
 __all__ = ["Scheduler"]
@@ -64,9 +69,7 @@ _FRONT = 1 << 62  # ahead of every turn that will ever be given
 class Scheduler:
     """Hierarchical weighted fair queueing with late binding: `handle(event, now)`."""
 
-    def __init__(
-        self, queued_max: int, retries_max: int, rules: Rules = DEFAULT_RULES
-    ) -> None:
+    def __init__(self, queued_max: int, retries_max: int, rules: Rules = DESIGN) -> None:
         assert queued_max >= 0
         assert retries_max >= 1
         self.rules = rules
@@ -139,11 +142,10 @@ class Scheduler:
         lane = self._slots.lane(model)
         if not self._shares.queued and next(self._slots.freest(lane), None) is not None:
             return 0.0
-        leaf = self._shares.leaf(member)
-        before = min(self._shares.queued, leaf.queued / self._shares.share(leaf)) + 1
+        queued, share = self._shares.standing_of(member)
+        before = min(self._shares.queued, (queued + 1) / share)
         freed_s = sum(node.slots / node.pace.hold_s.value for node in lane.supply.nodes.values())
-        self._shares.retire(leaf, self._now)
-        return before / freed_s if freed_s else inf
+        return (before + 1) / freed_s if freed_s else inf
 
     def _take(self, event: Event) -> list[Decision]:
         match event:
@@ -186,7 +188,11 @@ class Scheduler:
         assert all(taken[node] == node.taken for node in self._slots.nodes())
         assert sum(node.taken for node in self._slots.nodes()) == len(running)
         for node in self._slots.nodes():
+            assert node.reading == sum(job.reading for job in running if job.node is node)
+            if self.rules.light_first or self.rules.hold:
+                continue  # a free slot may be closed to all who wait
             assert not node.free or not self._slots.waiting_for(node)
+        self._index.validate()
 
     def _drop(self) -> list[Decision]:
         self.dropped += 1
@@ -196,9 +202,9 @@ class Scheduler:
         if request.id in self._jobs:
             return self._drop()
         lane = self._slots.lane(request.model)
-        node = self._slots.best(lane)
-        if node is None and self._shares.queued >= self.queued_max:
-            return [Refused(request=request.id, code="overloaded")]
+        full = self._shares.queued >= self.queued_max
+        if full and next(self._slots.freest(lane), None) is None:
+            return [self._refused(request, "overloaded")]
         self._turn += 1
         job = Job(
             id=request.id,
@@ -207,8 +213,34 @@ class Scheduler:
             key=self._turn,
             request=request,
         )
+        if request.chain:
+            match = self._index.match(request.chain)
+            job.homes, job.hit = match.nodes, job.tokens_of(match.blocks)
+        self._shares.arrive(job.account, job.lane.supply.pool)
+        node = self._free_node(job, more=1)
+        code = self._refusal(job, full=full and node is None)
+        if code is not None:
+            refused = self._refused(request, code)
+            self._shares.retire(job.account, self._now)
+            return [refused]
         self._jobs[job.id] = job
-        return self._arrive(job, node)
+        return self._wait_or_start(job, node)
+
+    def _refusal(self, job: Job, *, full: bool) -> str | None:
+        """Why it must not even wait, if it must not."""
+        if full:
+            return "overloaded"
+        deadline = job.request.deadline
+        if deadline is not None:
+            wait_s = self.wait_s(job.request.member, job.request.model)
+            if self._now + wait_s > deadline:
+                return "deadline"
+        return None
+
+    def _refused(self, request: Request, code: str) -> Refused:
+        wait_s = self.wait_s(request.member, request.model)
+        known = wait_s if wait_s < inf else None
+        return Refused(request=request.id, code=code, retry_after_s=known)
 
     def _cancel(self, request: str) -> list[Decision]:
         job = self._jobs.get(request)
@@ -229,9 +261,10 @@ class Scheduler:
         match event:
             case Progressed():
                 self._charge(job, price(output=event.tokens, factor_milli=job.factor_milli))
-                return []
+                return self._began(job, job.node) if event.tokens else []
             case Finished():
                 self._settle(job, event.usage)
+                self._learn(job, job.node, event.usage)
                 return self._end(job, job.node)
             case Failed():
                 self._settle(job, event.delivered)
@@ -241,9 +274,49 @@ class Scheduler:
             case _:
                 assert_never(event)
 
+    def _began(self, job: Job, node: NodeSlots) -> list[Decision]:
+        """A lease produces tokens; its first ones say that its prompt has been read."""
+        if job.first_at is not None:
+            return []
+        job.first_at = self._now
+        if self.rules.throttle:
+            node.pace.began(
+                tokens=job.reading,
+                ahead=job.ahead,
+                took_s=self._now - job.started_at,
+                running=node.taken,
+            )
+            self._slots.throttle(node)
+        was_closed = self._picker.is_closed(node)
+        self._read(job, node)
+        if was_closed and not self._picker.is_closed(node):
+            return self._fill(node)
+        return []
+
+    def _read(self, job: Job, node: NodeSlots) -> None:
+        node.reading -= job.reading
+        node.reading_heavy -= job.reading if job.heavy else 0
+        job.reading = 0
+
+    def _learn(self, job: Job, node: NodeSlots, usage: Usage) -> None:
+        """What the end of an answer tells about its node and its member."""
+        if job.cached:
+            self._index.learn(node.id, predicted=job.cached, found=usage.cached_tokens)
+        if job.cancelled or not usage.completion_tokens or not self.rules.throttle:
+            return
+        job.account.output.observe(usage.completion_tokens)
+        if job.first_at is not None:
+            node.pace.ended(
+                tokens=usage.completion_tokens - 1,
+                wrote_s=self._now - job.first_at,
+                held_s=self._now - job.started_at,
+            )
+
     def _change(self, id: str, slots: int, models: frozenset[str]) -> list[Decision]:
         touched = sorted({*models, *self._slots.models(id)})
-        node = self._slots.change(id, slots=slots, models=models)
+        bit = self._index.bit(id) if slots else 0
+        node = self._slots.change(id, slots=slots, models=models, bit=bit)
+        self._regroup()
         decisions = self._fill(node)
         # A model may now be served only by nodes on which some of its requests have failed.
         for other in self._slots.freed_by_exclusion(touched):
@@ -256,41 +329,65 @@ class Scheduler:
                 Refused(request=job.id, code="retries_exhausted"),
                 *self._end(job, node),
             ]
-        self._stop(job)
+        self._stop(job, node)
         if job.key > 0:
             job.key -= _FRONT
         job.lane = self._slots.lane(job.request.model, job.lane.excluded | {node.id})
         # The slot is given back only then: whoever waits for it goes by its key, not by luck.
-        decisions = self._arrive(job, self._slots.best(job.lane))
+        self._shares.arrive(job.account, job.lane.supply.pool)
+        decisions = self._wait_or_start(job, self._free_node(job, more=1))
         self._slots.give_back(node)
         return decisions + self._fill(node)
 
-    def _arrive(self, job: Job, node: NodeSlots | None) -> list[Decision]:
-        self._shares.arrive(job.account)
-        if node is not None:
-            return [self._start(job, node)]
+    def _free_node(self, job: Job, *, more: int) -> NodeSlots | None:
+        """The free slot that is for `job` now; `more` for what is not counted yet of it."""
+        light = self._picker.is_light(job.account, job.lane.supply.slots, more=more)
+        return self._picker.place(job, self._now, light=light)
+
+    def _wait_or_start(self, job: Job, node: NodeSlots | None) -> list[Decision]:
+        """Start at once where nobody waits for that slot; else wait, and whoever is next has it."""
+        if node is not None and not (self._shares.queued and self._slots.waiting_for(node)):
+            why = Why(rule=Rule.FREE, cached_tokens=job.cached_on(node))
+            return [self._start(job, node, why)]
+        job.since = self._now
         self._shares.enqueue(job)
         self._slots.wait(job.lane)
-        return []
+        return [] if node is None else self._fill(node)
+
+    def _place_again(self, job: Job) -> list[Decision]:
+        """Its home has not had a slot for it in time: any other will do."""
+        if self._jobs.get(job.id) is not job or job.node is not None:
+            return []
+        node = self._free_node(job, more=0)
+        return [] if node is None else self._fill(node)
 
     def _fill(self, node: NodeSlots) -> list[Decision]:
         decisions: list[Decision] = []
         while node.free and self._shares.queued:
-            place = self._shares.pick(self._slots.waiting_for(node))
-            if place is None:
+            picked = self._picker.next(node, self._now)
+            if picked is None:
                 break
-            job = self._jobs[place.id]
+            job, why = picked
             self._dequeue(job)
-            decisions.append(self._start(job, node))
+            decisions.append(self._start(job, node, why))
         return decisions
 
-    def _start(self, job: Job, node: NodeSlots) -> Start:
+    def _start(self, job: Job, node: NodeSlots, why: Why) -> Start:
         request = job.request
+        light = self._picker.is_light(job.account, job.lane.supply.slots, more=1)
         self._slots.take(node)
-        job.node = node
+        job.node, job.started_at, job.first_at = node, self._now, None
         job.attempt += 1
-        job.charged = price(fresh=request.prompt_tokens, factor_milli=job.factor_milli)
-        self._shares.start(job.account, job.charged)
+        job.cached = 0
+        if request.chain:
+            job.cached = job.tokens_of(self._index.known(node.id, request.chain))
+            self._index.add(node.id, request.chain)
+        job.reading, job.ahead = request.prompt_tokens - job.cached, node.reading
+        job.heavy = not light
+        node.reading += job.reading
+        node.reading_heavy += job.reading if job.heavy else 0
+        job.charged = price(fresh=job.reading, cached=job.cached, factor_milli=job.factor_milli)
+        self._shares.start(job.account, job.lane.supply.pool, job.charged, self._now)
         lease = Lease(
             id=job.lease,
             request=job.id,
@@ -299,28 +396,23 @@ class Scheduler:
             attempt=job.attempt,
         )
         self._leases[lease.id] = job
-        return Start(lease=lease, request=request)
+        return Start(lease=lease, request=request, why=why)
 
     def _charge(self, job: Job, micro_credits: int) -> None:
         job.charged += micro_credits
-        self._shares.charge(job.account, micro_credits)
+        self._shares.charge(job.account, job.lane.supply.pool, micro_credits)
 
     def _settle(self, job: Job, usage: Usage) -> None:
-        due = price(
-            fresh=usage.prompt_tokens - usage.cached_tokens,
-            cached=usage.cached_tokens,
-            output=usage.completion_tokens,
-            factor_milli=job.factor_milli,
-        )
-        self._charge(job, due - job.charged)
+        self._charge(job, job.price(usage) - job.charged)
 
-    def _stop(self, job: Job) -> None:
+    def _stop(self, job: Job, node: NodeSlots) -> None:
+        self._read(job, node)
         del self._leases[job.lease]
         job.node = None
         self._shares.end(job.account)
 
     def _end(self, job: Job, node: NodeSlots) -> list[Decision]:
-        self._stop(job)
+        self._stop(job, node)
         self._forget(job)
         self._slots.give_back(node)
         return self._fill(node)
@@ -328,7 +420,12 @@ class Scheduler:
     def _dequeue(self, job: Job) -> None:
         self._shares.dequeue(job)
         self._slots.leave(job.lane)
+        self._regroup()
+
+    def _regroup(self) -> None:
+        for moved in self._slots.moved():
+            self._shares.move(moved)
 
     def _forget(self, job: Job) -> None:
         del self._jobs[job.id]
-        self._shares.retire(job.account)
+        self._shares.retire(job.account, self._now)

@@ -27,8 +27,9 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 from anser.core.pace import Pace
+from anser.core.virtual import Pool
 
-__all__ = ["Lane", "NodeSlots", "Slots", "Supply"]
+__all__ = ["Lane", "Moved", "NodeSlots", "Slots", "Supply"]
 
 _LEVELS = 64
 _NO_NODES: frozenset[str] = frozenset()
@@ -81,6 +82,7 @@ class Supply:
     """What the nodes offer of one model, by level of free share, and the lanes that wait for it."""
 
     model: str
+    pool: Pool
     nodes: dict[str, NodeSlots] = field(default_factory=dict[str, NodeSlots])
     lanes: dict[frozenset[str], Lane] = field(default_factory=dict[frozenset[str], Lane])
     slots: int = 0  # of all its nodes
@@ -104,6 +106,15 @@ class Supply:
         return f"<Supply {self.model}: {len(self.nodes)} nodes, {len(self.lanes)} lanes>"
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Moved:
+    """Models have moved from former pools into one that is new; or nobody is left in those."""
+
+    former: tuple[Pool, ...]
+    pool: Pool | None
+    ended: frozenset[Pool]  # of the former, those without models from now on
+
+
 class Slots:
     """All nodes, what they serve, and which of their slots are free."""
 
@@ -111,6 +122,8 @@ class Slots:
         self._nodes: dict[str, NodeSlots] = {}
         self._supplies: dict[str, Supply] = {}
         self._by_bit: dict[int, NodeSlots] = {}
+        self._pools = 0
+        self._moved: list[Moved] = []
 
     def change(self, id: str, *, slots: int, models: Iterable[str], bit: int = 0) -> NodeSlots:
         """From now on this node has `slots` slots for `models`; no slots means it takes nothing."""
@@ -131,7 +144,13 @@ class Slots:
         self._settle(node)
         for supply in former:
             self._forget_supply(supply)
+        self._regroup((*former, *node.supplies))
         return node
+
+    def moved(self) -> list[Moved]:
+        """What has become of pools since this was last asked."""
+        moved, self._moved = self._moved, []
+        return moved
 
     def throttle(self, node: NodeSlots) -> None:
         """Let the node have as many slots as it has shown to keep, of those that it claims."""
@@ -156,7 +175,7 @@ class Slots:
 
     def lane(self, model: str, excluded: frozenset[str] = _NO_NODES) -> Lane:
         """The lane of requests for `model` that have failed on the nodes `excluded`."""
-        supply = self._supplies.get(model) or Supply(model)
+        supply = self._supplies.get(model) or Supply(model, self._pool())
         return supply.lanes.get(excluded) or Lane(supply, excluded)
 
     def wait(self, lane: Lane) -> None:
@@ -250,12 +269,24 @@ class Slots:
             assert all(self._supplies.get(supply.model) is supply for supply in node.supplies)
             assert all(supply.nodes.get(id) is node for supply in node.supplies)
         for model, supply in self._supplies.items():
+            group = _group(supply)
+            assert all((other.pool is supply.pool) == (other in group) for other in self._all())
             assert supply.model == model
             assert supply.nodes or supply.lanes
             _validate_supply(supply)
 
+    def _all(self) -> Iterable[Supply]:
+        return self._supplies.values()
+
     def _supply(self, model: str) -> Supply:
-        return self._supplies.setdefault(model, Supply(model))
+        supply = self._supplies.get(model)
+        if supply is None:
+            supply = self._supplies[model] = Supply(model, self._pool())
+        return supply
+
+    def _pool(self) -> Pool:
+        self._pools += 1
+        return Pool(self._pools)
 
     def _settle(self, node: NodeSlots) -> None:
         self._place(node, level=_level(node))
@@ -271,8 +302,43 @@ class Slots:
                 supply.move(node, old=old, new=level)
 
     def _forget_supply(self, supply: Supply) -> None:
-        if not supply.nodes and not supply.lanes:
-            self._supplies.pop(supply.model, None)
+        if self._supplies.get(supply.model) is supply and not supply.nodes and not supply.lanes:
+            del self._supplies[supply.model]
+            self._retire(supply.pool, former=(supply.pool,), pool=None)
+            supply.pool = self._pool()  # what still runs of it is of no pool that anybody waits in
+
+    def _regroup(self, supplies: Iterable[Supply]) -> None:
+        """Give each group of models that compete for the same slots a pool, and its own."""
+        for supply in supplies:
+            if self._supplies.get(supply.model) is not supply:
+                continue
+            group = _group(supply)
+            former = tuple(sorted({one.pool for one in group}, key=lambda pool: pool.number))
+            if len(former) == 1 and self._size(former[0]) == len(group):
+                continue
+            pool = self._pool()
+            for one in group:
+                one.pool = pool
+            self._retire(*former, former=former, pool=pool)
+
+    def _size(self, pool: Pool) -> int:
+        return sum(supply.pool is pool for supply in self._supplies.values())
+
+    def _retire(self, *pools: Pool, former: tuple[Pool, ...], pool: Pool | None) -> None:
+        ended = frozenset(old for old in pools if not self._size(old))
+        if pool is not None or ended:
+            self._moved.append(Moved(former=former, pool=pool, ended=ended))
+
+
+def _group(supply: Supply) -> set[Supply]:
+    """All that compete for slots with `supply`, directly or by way of others."""
+    group, found = {supply}, [supply]
+    for one in found:  # which grows meanwhile
+        for node in one.nodes.values():
+            new = [other for other in node.supplies if other not in group]
+            group.update(new)
+            found += new
+    return group
 
 
 def _level(node: NodeSlots) -> int:
