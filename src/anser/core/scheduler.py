@@ -63,6 +63,7 @@ from anser.core.slots import NodeSlots, Slots
 
 __all__ = ["Scheduler"]
 
+_AGAIN_S = 0.25
 _FRONT = 1 << 62  # ahead of every turn that will ever be given
 
 
@@ -83,6 +84,7 @@ class Scheduler:
         self._picker = Picker(rules, self._shares, self._slots)
         self._jobs: dict[str, Job] = {}  # by request
         self._leases: dict[str, Job] = {}
+        self._closed: dict[NodeSlots, float] = {}  # free, but not for those who wait; seen when
         self._turn = 0
 
     @property
@@ -122,13 +124,22 @@ class Scheduler:
         """Take one event at monotonic time `now` (seconds) and say what has to be done."""
         assert now >= self._now
         self._now = now
-        others = self._shares.awake > 1
         self._shares.tick(now)
         decisions = self._take(event)
         for job in self._picker.released(now):
             decisions += self._place_again(job)
-        if others and self._shares.awake <= 1 and self._shares.queued:
-            for node in self._slots.nodes():  # its express slots are open to whoever is left
+        return decisions + self._look_again()
+
+    def _look_again(self) -> list[Decision]:
+        """Try once more the nodes whose free slots were closed to all who wait, now and then.
+
+        What closes them (who is light, who is awake) changes with what happens elsewhere.
+        """
+        decisions: list[Decision] = []
+        if not self._closed:
+            return decisions
+        for node, tried_at in list(self._closed.items()):
+            if self._now - tried_at >= _AGAIN_S:
                 decisions += self._fill(node)
         return decisions
 
@@ -189,9 +200,7 @@ class Scheduler:
         assert sum(node.taken for node in self._slots.nodes()) == len(running)
         for node in self._slots.nodes():
             assert node.reading == sum(job.reading for job in running if job.node is node)
-            if self.rules.light_first or self.rules.hold:
-                continue  # a free slot may be closed to all who wait
-            assert not node.free or not self._slots.waiting_for(node)
+            assert not node.free or not self._slots.waiting_for(node) or node in self._closed
         self._index.validate()
 
     def _drop(self) -> list[Decision]:
@@ -287,11 +296,8 @@ class Scheduler:
                 running=node.taken,
             )
             self._slots.throttle(node)
-        was_closed = self._picker.is_closed(node)
         self._read(job, node)
-        if was_closed and not self._picker.is_closed(node):
-            return self._fill(node)
-        return []
+        return self._fill(node)
 
     def _read(self, job: Job, node: NodeSlots) -> None:
         node.reading -= job.reading
@@ -352,7 +358,13 @@ class Scheduler:
         job.since = self._now
         self._shares.enqueue(job)
         self._slots.wait(job.lane)
-        return [] if node is None else self._fill(node)
+        decisions = [] if node is None else self._fill(node)
+        if job.node is None:
+            # What is free is not for this one, or was given to another a moment ago: look again.
+            tried_at = self._now if node is None else -inf
+            for other in list(self._slots.freest(job.lane)):
+                self._closed.setdefault(other, tried_at)
+        return decisions
 
     def _place_again(self, job: Job) -> list[Decision]:
         """Its home has not had a slot for it in time: any other will do."""
@@ -363,9 +375,12 @@ class Scheduler:
 
     def _fill(self, node: NodeSlots) -> list[Decision]:
         decisions: list[Decision] = []
+        self._closed.pop(node, None)
         while node.free and self._shares.queued:
             picked = self._picker.next(node, self._now)
             if picked is None:
+                if self._slots.waiting_for(node):
+                    self._closed[node] = self._now
                 break
             job, why = picked
             self._dequeue(job)
