@@ -40,7 +40,8 @@ class Guarded:
             case "/duplex":
                 await send({"type": "http.response.start", "status": 200, "headers": []})
                 await send({"type": "http.response.body", "body": b"begun", "more_body": True})
-                await self._body(receive)
+                if await self._body(receive) is not None:
+                    await send({"type": "http.response.body", "body": b"ended"})
             case "/wait":
                 await self._wait(receive, send)
             case "/pour":

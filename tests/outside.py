@@ -31,9 +31,14 @@ async def node(server: Server, *, context: int | None = None) -> AsyncGenerator[
 
 @asynccontextmanager
 async def listed(
-    server: Server, play: Script, *, context: int | None = None, slots: int = 2
+    server: Server,
+    play: Script,
+    *,
+    context: int | None = None,
+    slots: int = 2,
+    name: str | None = None,
 ) -> AsyncGenerator[Hostile]:
-    """A node that serves the model `m`; each question to it is answered by `play`."""
+    """A node that serves `m`, here called `name`; each question to it is answered by `play`."""
 
     async def script(talk: Talk) -> None:
         while True:
@@ -47,7 +52,7 @@ async def listed(
                 await talk.say(answer(b"{}", status="404 Not Found"))
 
     async with Hostile(script) as upstream:
-        body = {"url": upstream.url, "slots": slots}
+        body = {"url": upstream.url, "slots": slots, **({"model": name} if name else {})}
         added = await asyncio.to_thread(server.admin, "POST", "/nodes", body)
         try:
             yield upstream

@@ -72,6 +72,7 @@ class Stream:
             reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
         body = json.dumps({**HELLO, "stream": True, **fields}).encode()
         lines = [f"POST {CHAT} HTTP/1.1", "Host: 127.0.0.1", f"Content-Length: {len(body)}"]
+        lines += ["Content-Type: application/json"]
         key = server.key if key is None else key
         lines += [f"Authorization: Bearer {key}"] if key else []
         writer.write("\r\n".join([*lines, "", ""]).encode() + body)

@@ -2,9 +2,10 @@
 
 Without arguments: the style, types and floors of the code, all tests with their coverage on
 Python 3.11, and the quick tests on every newer interpreter that is found. With arguments: only
-pytest, with these arguments, on 3.11. Each interpreter has an environment of its own in .venv-test,
-installed from requirements/test.txt and made anew when that changes. Standard library only, because
-it runs before anything is installed.
+pytest, with these arguments, on 3.11 or, where that is missing, the oldest newer one; what a
+browser needs is installed if they name its tests. Each interpreter has an environment of its own in
+.venv-test, installed from requirements/test.txt and made anew when that changes. Standard library
+only, because it runs before anything is installed.
 """
 
 from __future__ import annotations
@@ -23,7 +24,14 @@ ROOT = Path(__file__).resolve().parent.parent
 ENVIRONMENTS = ROOT / ".venv-test"
 MAIN = "3.11"  # compulsory, and the one that is measured
 
-QUICK = ("unit", "property", "stories", "contract", "simulation", "test_tidy.py")
+NO_MAIN = (
+    f"Python {MAIN} is not here, and the checks are made for it. Install it with its venv "
+    f"module (Debian 12: apt-get install python3 python3-venv; macOS: brew install "
+    f"python@{MAIN}; pyenv install {MAIN}) or set PYTHON to its path. Single tests run on a newer "
+    f"Python as well: ./test tests/unit"
+)
+
+QUICK = ("unit", "property", "stories", "contract", "simulation", "test_tidy.py", "test_docs.py")
 QUICK_MARKS = "not slow and not browser and not engine"
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
@@ -84,7 +92,9 @@ def main(arguments: list[str]) -> int:
     try:
         interpreters = find_interpreters()
         if arguments:
-            return only_pytest(run, interpreters[MAIN], arguments)
+            return only_pytest(run, next(iter(interpreters.values())), arguments)
+        if MAIN not in interpreters:
+            raise CheckError(NO_MAIN)
         check_all(run, interpreters)
     except CheckError as error:
         print(f"\nFAILED: {error}", file=sys.stderr, flush=True)
@@ -100,9 +110,19 @@ def main(arguments: list[str]) -> int:
 
 def only_pytest(run: Run, interpreter: Interpreter, arguments: list[str]) -> int:
     """What a developer runs all day."""
+    if name_browser_tests(arguments):
+        install_system_packages(run)
     prepare(run, interpreter)
     command = [python(interpreter), "-m", "pytest", *arguments]
     return subprocess.run(command, cwd=ROOT, env=environ(interpreter), check=False).returncode
+
+
+def name_browser_tests(arguments: list[str]) -> bool:
+    """Whether tests in a browser are at or below a place that these arguments of pytest name."""
+    browser = ROOT / "tests" / "browser"
+    places = [ROOT / argument.partition("::")[0] for argument in arguments]
+    named = [place.resolve() for place in places if place != ROOT and place.exists()]
+    return any(browser.is_relative_to(one) or one.is_relative_to(browser) for one in named)
 
 
 def check_all(run: Run, interpreters: dict[str, Interpreter]) -> None:
@@ -182,12 +202,8 @@ def find_interpreters() -> dict[str, Interpreter]:
         interpreter = probe(candidate)
         if interpreter is not None:
             found.setdefault(interpreter.short, interpreter)
-    if MAIN not in found:
-        raise CheckError(
-            f"Python {MAIN} is not here, and the checks are made for it. Install it with its venv "
-            f"module (Debian 12: apt-get install python3 python3-venv; macOS: brew install "
-            f"python@{MAIN}; pyenv install {MAIN}) or set PYTHON to its path."
-        )
+    if not found:
+        raise CheckError(NO_MAIN)
     return dict(sorted(found.items(), key=lambda item: int(item[0].split(".")[1])))
 
 

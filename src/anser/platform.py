@@ -30,9 +30,9 @@ from anser.adapters.signer import KeyFileSigner
 from anser.adapters.sqlite import SqliteStore
 from anser.api.app import admin_app, public_app
 from anser.api.context import Services
-from anser.config import Config, split_address
+from anser.config import Config, Loaded, split_address
 from anser.core.errors import AnserError, ConfigError
-from anser.core.fleet import Node
+from anser.core.fleet import Node, NodeState
 from anser.core.hub import Model
 from anser.core.limits import CONNECTIONS_MAX, FILES_RESERVED, RETRIES_MAX
 from anser.core.scheduler import Scheduler
@@ -50,6 +50,8 @@ __all__ = ["BUILTIN", "Listening", "Platform", "open_platform", "serve"]
 BUILTIN = "builtin"
 _DAY_MS = 86_400_000
 _START_KEY_LIFETIME_S = 30 * 86_400.0
+_FIRST_LOOK_S = 0.02
+_FIRST_LOOKS = 50  # at nodes that have not said what they serve, before a model is named
 _log = structlog.get_logger("anser")
 
 
@@ -65,7 +67,10 @@ class Platform:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Listening:
-    """Where a platform that serves is reached; `key` is fresh and shown nowhere else."""
+    """Where a platform that serves is reached; `key` is fresh and shown nowhere else.
+
+    `model` is one to ask: that of this process, else the first that the nodes offer.
+    """
 
     url: str
     admin_socket: Path
@@ -77,12 +82,15 @@ class Listening:
 
 @asynccontextmanager
 async def open_platform(
-    config: Config, *, engine: bool = True, progress: Progress | None = None
+    settings: Loaded | Config, *, engine: bool = True, progress: Progress | None = None
 ) -> AsyncGenerator[Platform]:
     """Open the data folder and all services. Raises ConfigError, StoreError.
 
-    With `engine`, the built-in engine is fetched and loaded in the background.
+    `settings` are those that were read, or a Config made by hand. With `engine`, the built-in
+    engine is fetched and loaded in the background.
     """
+    loaded = settings if isinstance(settings, Loaded) else Loaded.of(settings)
+    config = loaded.config
     async with AsyncExitStack() as stack:
         folder = stack.enter_context(DataDir.open(config.data_dir))
         store = await stack.enter_async_context(SqliteStore.open(folder.store))
@@ -95,7 +103,7 @@ async def open_platform(
         ledger = Ledger(store, KeyFileSigner.open(folder.signing_key), clock)
         hub = Hub(mirrors_for(config.engine.mirrors), DiskBlobs(folder.path / "blobs"))
         services = Services(
-            config=config,
+            loaded=loaded,
             clock=clock,
             members=members,
             fleet=fleet,
@@ -197,7 +205,7 @@ def _silent(_done: int, _total: int | None) -> None:
 
 
 async def serve(
-    config: Config,
+    loaded: Loaded,
     *,
     announce: Callable[[Listening], None],
     progress: Progress | None = None,
@@ -210,10 +218,11 @@ async def serve(
     Raises ConfigError, StoreError.
     """
     harden()
+    config = loaded.config
     async with AsyncExitStack() as stack:
         stop = stack.enter_context(StopSignals.watched())
         public = stack.enter_context(listen(config.server.host, config.server.port))
-        platform = await stack.enter_async_context(open_platform(config, progress=progress))
+        platform = await stack.enter_async_context(open_platform(loaded, progress=progress))
         guard = _guard(config)
         doors = [Door(platform.public_app, public, guard)]
         inner = stack.enter_context(listen_unix(platform.data_dir.socket))
@@ -258,15 +267,28 @@ async def _listening(platform: Platform, public: socket.socket, *, mint_key: boo
     key = None
     if mint_key:
         key, _ = await members.create_key(OWNER, label="start", lifetime_s=_START_KEY_LIFETIME_S)
-    model = platform.services.hub.resolve(config.engine.model).id
     return Listening(
         url=url_of(public),
         admin_socket=platform.data_dir.socket,
         admin_url=config.server.admin_listen or None,
         key=key,
-        model=model if config.engine.enabled else None,
+        model=await _first_model(platform.services),
         anonymous=members.anonymous,
     )
+
+
+async def _first_model(services: Services) -> str | None:
+    """A model to try: this process's own, else one that a node serves, else one that is listed."""
+    if services.config.engine.enabled:
+        return services.hub.resolve(services.config.engine.model).id
+    fleet = services.fleet
+    for _ in range(_FIRST_LOOKS):  # the stored nodes have just been asked
+        if not any(status.state is NodeState.STARTING for status in fleet.statuses()):
+            break
+        await asyncio.sleep(_FIRST_LOOK_S)
+    up = [status.offers for status in fleet.statuses() if status.state is NodeState.UP]
+    names = {offer.model for offers in up for offer in offers} or fleet.models().keys()
+    return min(names, default=None)
 
 
 async def _drain(platform: Platform, stop: StopSignals, seconds: float) -> None:

@@ -72,13 +72,26 @@ async def operate(
     return await asyncio.to_thread(pool.admin, method, path, body)
 
 
-def upstream(text: str, *, forever: bool = False, model: str = "quick") -> Hostile:
-    """A server that speaks just enough OpenAI to be a node, and always says `text`."""
+def upstream(
+    text: str,
+    *,
+    forever: bool = False,
+    model: str = "quick",
+    thought: dict[str, str] | None = None,
+    held: asyncio.Event | None = None,
+) -> Hostile:
+    """A server that speaks just enough OpenAI to be a node, and always says `text`.
+
+    First the `thought`, as a delta; neither it nor the answer comes before `held` is set.
+    """
 
     async def script(talk: Talk) -> None:
         while True:
             request = await talk.request()
             if request.method == "POST":
+                if held is not None:
+                    await held.wait()
+                await talk.say(SSE_HEAD, *(_thinking(thought) if thought else ()))
                 await _speak(talk, text, forever=forever)
             elif request.path == "/v1/models":
                 listed = {"object": "list", "data": [{"id": model, "object": "model"}]}
@@ -89,8 +102,14 @@ def upstream(text: str, *, forever: bool = False, model: str = "quick") -> Hosti
     return Hostile(script)
 
 
+def _thinking(thought: dict[str, str]) -> list[bytes]:
+    choice = {"index": 0, "delta": thought, "finish_reason": None}
+    chunk = {"id": "c1", "object": "chat.completion.chunk", "choices": [choice]}
+    return [event(json.dumps(chunk).encode())]
+
+
 async def _speak(talk: Talk, text: str, *, forever: bool) -> None:
-    await talk.say(SSE_HEAD, delta(text))
+    await talk.say(delta(text))
     while forever:
         await asyncio.sleep(0.05)
         await talk.say(delta(text))

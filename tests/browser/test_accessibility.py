@@ -59,7 +59,7 @@ async def test_the_first_page(
     await visitor.page.context.set_offline(True)
     await visitor.ask("And now?")
     await visitor.answered()
-    assert await visitor.page.locator(".trouble").count() == 1
+    assert await visitor.page.locator(".trouble:visible").count() == 1
     assert await violations(visitor) == []
     wide = "document.documentElement.scrollWidth - document.documentElement.clientWidth"
     assert await visitor.page.evaluate(wide) <= 0

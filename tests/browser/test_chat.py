@@ -135,13 +135,14 @@ async def test_it_works_by_keyboard_alone(pool: Server, visit: Visits) -> None:
     visitor = await visit(pool)
     await visitor.open()
     page, stops = visitor.page, []
-    for _ in range(10):
+    for _ in range(13):
         await page.keyboard.press("Tab")
         stops.append(await page.evaluate(FOCUSED))
         outline = await page.evaluate("getComputedStyle(document.activeElement).outlineStyle")
         assert outline != "none" or stops[-1] == "skip"
     assert stops == [
         *("skip", "brand", "#ask", "#pool", "#call", "language"),
+        *("quiet small needs-script", "button", "button quiet"),
         *("log", "message", "model", "send"),
     ]
     await page.focus("#message")
@@ -201,9 +202,14 @@ async def test_failures_are_told_in_words(pool: Server, visit: Visits) -> None:
     # Before the page has noticed.
     await visitor.ask("在吗？")
     await visitor.answered()
-    assert "模型" in await visitor.page.locator(".trouble").inner_text()
+    assert "模型" in await visitor.page.locator(".turn .trouble").inner_text()
     assert await visitor.page.input_value("#message") == "在吗？"
-    await visitor.check(refusals=1)
+    await visitor.page.press("#message", "Enter")
+    await visitor.until("!document.querySelector('.turn[aria-busy]')")
+    await visitor.until("document.getElementById('message').value !== ''")
+    assert await visitor.page.locator(".turn.user").count() == 0  # it is in the box, not in both
+    assert await visitor.page.locator(".trouble:visible").count() == 1
+    await visitor.check(refusals=2)
 
 
 async def test_a_platform_that_is_gone_is_told_in_words(visit: Visits, closed_pool: Server) -> None:
@@ -216,7 +222,7 @@ async def test_a_platform_that_is_gone_is_told_in_words(visit: Visits, closed_po
     await visitor.page.context.set_offline(True)
     await visitor.ask("Anybody?")
     await visitor.answered()
-    assert "cannot be reached" in await visitor.page.locator(".trouble").inner_text()
+    assert "cannot be reached" in await visitor.page.locator(".turn .trouble").inner_text()
     await visitor.page.wait_for_selector("#pool-away:not([hidden])")
     await visitor.page.context.set_offline(False)
     await visitor.page.wait_for_selector("#pool-away", state="hidden")
@@ -252,11 +258,51 @@ async def test_a_key_opens_a_closed_platform(closed_pool: Server, visit: Visits)
 
 
 async def test_a_wrong_key_is_tried_once(closed_pool: Server, visit: Visits) -> None:
-    """A wrong key is said to be wrong, and polling does not go on guessing with it."""
+    """A wrong key is said to be wrong, and neither polling nor asking goes on guessing with it."""
     visitor = await visit(closed_pool)
     await visitor.open()
+    page = visitor.page
+    await page.fill("#key", "hf_wrong")
+    await page.press("#key", "Tab")
+    await visitor.until("document.getElementById('key-trouble').textContent !== ''")
+    assert "not valid" in await page.locator("#key-trouble").inner_text()
+    assert await page.get_attribute("#key", "aria-invalid") == "true"
+    await visitor.ask("How many?")
+    assert "not valid" in await page.locator("#status").inner_text()
+    assert await page.evaluate("document.activeElement.id") == "key"
+    await page.wait_for_timeout(5_000)
+    assert len([url for url in visitor.requests if "/v1/" in url]) == 1
+    await visitor.check(refusals=1)
+
+
+async def test_the_right_key_and_enter(closed_pool: Server, visit: Visits) -> None:
+    """A key that is just typed works with the very next Enter, also after a wrong one."""
+    visitor = await visit(closed_pool)
+    await visitor.open()
+    page = visitor.page
+    assert await page.locator("#model").is_disabled()
+    await page.fill("#key", "hf_wrong")
+    await page.press("#key", "Enter")
+    await visitor.until("document.getElementById('key-trouble').textContent !== ''")
+    await page.fill("#message", "How many?")
+    await page.fill("#key", closed_pool.key)
+    await page.press("#key", "Enter")
+    await page.wait_for_selector(".turn.assistant")
+    await visitor.answered()
+    assert await answer_of(visitor) == "Seven geese."
+    assert await page.locator("#key-trouble").inner_text() == ""
+    assert await page.locator("#model").is_enabled()
+    await visitor.check(refusals=1)
+
+
+async def test_a_wrong_key_of_ones_own(pool: Server, visit: Visits) -> None:
+    """Where no key is needed, a wrong one is told, and the pool is shown without it."""
+    visitor = await visit(pool)
+    await visitor.open()
+    await visitor.page.click("summary:has-text('key of your own')")
     await visitor.page.fill("#key", "hf_wrong")
     await visitor.page.press("#key", "Tab")
-    await visitor.page.wait_for_timeout(5_000)
-    assert len([url for url in visitor.requests if url.endswith("/v1/pool")]) == 1
+    await visitor.until("document.getElementById('key-trouble').textContent !== ''")
+    assert await visitor.page.locator("#pool-state").is_visible()
+    assert await visitor.page.locator("#model").is_enabled()
     await visitor.check(refusals=1)

@@ -9,6 +9,9 @@ import openai
 import pytest
 from openai.types.chat import ChatCompletionMessageParam
 
+from tests.hostile import Talk
+from tests.hostile import stream as stream_of
+from tests.outside import listed
 from tests.server import Server
 
 pytestmark = [pytest.mark.engine, pytest.mark.anyio]
@@ -102,6 +105,41 @@ async def test_the_stream_helper_works(aclient: openai.AsyncOpenAI, server: Serv
     assert "content.delta" in kinds
     assert final.choices[0].message.content
     assert final.usage is not None
+
+
+@pytest.mark.parametrize("last", [0, 1, 2])
+async def test_the_stream_helper_takes_several_answers(
+    aclient: openai.AsyncOpenAI, server: Server, last: int
+) -> None:
+    """Choices are put together by index, whichever engine is the last to begin."""
+
+    async def play(talk: Talk) -> None:
+        which = talk.seen[-1].json["seed"]
+        await asyncio.sleep(0.3 if which == 100 + last else 0.0)
+        await talk.say(stream_of(f"text {which}"))
+
+    async with (
+        listed(server, play, slots=3),
+        aclient.chat.completions.stream(
+            model="m", messages=HELLO, max_tokens=9, n=3, seed=100
+        ) as stream,
+    ):
+        final = await stream.get_final_completion()
+    texts = [choice.message.content for choice in final.choices]
+    assert texts == ["text 100", "text 101", "text 102"]
+    assert {choice.message.role for choice in final.choices} == {"assistant"}
+
+
+async def test_the_stream_helper_takes_several_real_answers(
+    aclient: openai.AsyncOpenAI, server: Server
+) -> None:
+    """`n` answers of one engine, more than it has slots, streamed and accumulated."""
+    async with aclient.chat.completions.stream(
+        model=server.model, messages=COUNT, temperature=0, stop=" ", n=6
+    ) as stream:
+        final = await stream.get_final_completion()
+    assert [choice.index for choice in final.choices] == list(range(6))
+    assert all(choice.message.content for choice in final.choices)
 
 
 @pytest.mark.parametrize("stream", [False, True])

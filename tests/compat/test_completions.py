@@ -87,7 +87,7 @@ def test_logprobs_have_the_old_form(client: openai.OpenAI, server: Server, *, st
         ({"suffix": "x"}, "suffix"),
         ({"best_of": 3}, "best_of"),
         ({"prompt": [1, 2, 3]}, "prompt[0]"),
-        ({"prompt": ["a"] * 9}, "prompt"),
+        ({"prompt": ["a"] * 129}, "prompt"),
         ({"prompt": ""}, "prompt"),
     ],
 )

@@ -120,7 +120,7 @@ async def test_operators_only(at: Asked, method: str, path: str) -> None:
     """On a listener: no key 401, a wrong one 401, a member's 403; on the public address 404."""
     member = await at.key("guests")
     wrong = {"authorization": "Bearer hf_wrong"}
-    body = {} if method == "POST" else None
+    body = {} if method in ("POST", "PATCH") else None
     ask = at.listener.request
     refused(await ask(method, path, json=body), 401, "invalid_api_key")
     refused(await ask(method, path, json=body, headers=wrong), 401, "invalid_api_key")
@@ -240,6 +240,22 @@ async def test_members_and_keys(at: Asked) -> None:
     refused(await at.socket.delete("/admin/v1/keys/key_none"), 404, "not_found")
 
 
+async def test_a_member_is_changed(at: Asked) -> None:
+    """What is named changes, null takes a limit away, the rest stays; the body is read strictly."""
+    limits = {"queued_max": 3, "tokens_per_day": 9}
+    await at.socket.post("/admin/v1/members", json={"id": "physics", "limits": limits})
+    change = {"id": "physics", "weight": 3_000, "limits": {"queued_max": None, "in_flight_max": 2}}
+    changed = (await at.socket.patch("/admin/v1/members", json=change)).json()
+    assert changed["weight"] == 3_000
+    assert (changed["limits"]["queued_max"], changed["limits"]["tokens_per_day"]) == (None, 9)
+    assert changed["limits"]["in_flight_max"] == 2
+    assert (await at.socket.patch("/admin/v1/members", json={"id": "physics"})).json() == changed
+    assert changed in (await at.socket.get("/admin/v1/members")).json()["members"]
+    wrong = await at.socket.patch("/admin/v1/members", json={"id": "physics", "weight": 0})
+    assert wrong.json()["error"]["param"] == "weight"
+    refused(await at.socket.patch("/admin/v1/members", json={"id": "nobody"}), 404, "not_found")
+
+
 async def test_nodes(at: Asked) -> None:
     """A node is listed though it does not answer, named by its URL, drained, and removed."""
     body = {"url": "http://127.0.0.1:9", "slots": 3, "model": "m", "jurisdiction": "de"}
@@ -249,7 +265,9 @@ async def test_nodes(at: Asked) -> None:
     refused(await at.socket.post("/admin/v1/nodes", json=body), 409, "conflict")
     node = added["id"]
     drained = await at.socket.post(f"/admin/v1/nodes/{node}/drain", json={})
-    assert drained.json()["id"] == node
+    assert (drained.json()["id"], drained.json()["state"]) == (node, "draining")
+    resumed = await at.socket.post(f"/admin/v1/nodes/{node}/resume", json={})
+    assert resumed.json()["state"] == "down"
     pool = (await at.public.get("/v1/pool")).json()
     assert [row["id"] for row in pool["nodes"]] == [node]
     assert "http" not in json.dumps(pool["nodes"]), "a node's address is nobody's business"
@@ -298,6 +316,11 @@ async def test_usage_is_ones_own(at: Asked) -> None:
     operator = await at.key("staff", scope="operate")
     assert await seen(operator) == ["chemistry", "physics/lattice"]
     assert await seen(operator, member="chemistry") == ["chemistry"]
+    for path in ("/v1/usage", "/admin/v1/usage"):
+        missing = await at.socket.get(path, params={"member": "chemisty"})
+        assert "chemisty" in refused(missing, 404, "not_found")
+        nobody = await at.socket.get(path, params={"member": "anonymous/bucket-7"})
+        assert nobody.json()["usage"] == []
     refused(await at.public.get("/v1/usage"), 401, "invalid_api_key")
 
 
@@ -407,6 +430,6 @@ async def test_the_addresses_are_those_that_are_named(at: Asked) -> None:
         assert response.status_code != 405, path
     for path in {path for _, path in named}:
         allowed = {method for method, other in named if other == path}
-        response = await at.socket.request("PATCH", path)
+        response = await at.socket.request("PUT", path)
         refused(response, 405, "method_not_allowed")
         assert allowed <= set(response.headers["allow"].split(", "))

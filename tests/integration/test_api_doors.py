@@ -84,25 +84,24 @@ def test_nothing_of_a_key_is_logged_or_measured(server: Server) -> None:
     assert wrong not in told
 
 
-def test_guessing_keys_is_locked_out(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """After many wrong keys from one network a new key is refused unseen; a forged origin of the
-    request changes nothing, and who was known there before is served."""
+def test_guessing_keys_is_slowed(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """After many wrong keys from one network the next are told to wait; a forged origin changes
+    nothing. A key that was just made opens all the same, and placeholders are no guesses."""
     folder = tmp_path_factory.mktemp("guess") / "data"
     with serving(folder, "--no-engine") as server:
-        made = server.admin("POST", "/keys", {"member": "local/default/owner"})["key"]
 
         def status(key: str, **forged: str) -> int:
             headers = {"authorization": f"Bearer {key}", **forged}
             return httpx.get(f"{server.url}/v1/models", headers=headers).status_code
 
-        assert status(server.key) == 200
+        for _ in range(FAILURES_MAX + 2):
+            assert status("EMPTY") == 401
         for number in range(FAILURES_MAX):
             assert status(f"hf_{number}", **{"x-forwarded-for": f"192.0.2.{number}"}) == 401
-        assert status("hf_more") == status(made) == 429
-        assert (
-            status(made, **{"x-forwarded-for": "198.51.100.7", "forwarded": "for=1.2.3.4"}) == 429
-        )
-        assert status(server.key) == 200
+        assert status("hf_more") == 429
+        assert status("hf_more", **{"x-forwarded-for": "198.51.100.7"}) == 429
+        made = server.admin("POST", "/keys", {"member": "local/default/owner"})["key"]
+        assert status(made) == status(server.key) == 200
 
 
 # Echoes, paths, other listeners' addresses (16, 17, 20)

@@ -130,6 +130,13 @@ def test_a_body_that_is_not_declared_json_is_415(http: httpx.Client, kind: str) 
     assert response.status_code == 415
 
 
+def test_a_body_that_is_not_declared_at_all_is_415(http: httpx.Client) -> None:
+    """Nor is a body without a type, which any page could make a browser send as a blob."""
+    response = http.post(CHAT, content=json.dumps(HELLO).encode())
+    assert "content-type" not in response.request.headers
+    assert response.status_code == 415
+
+
 # Bodies: not JSON, hostile JSON (7)
 
 

@@ -84,7 +84,7 @@ async def endless(talk: Talk) -> None:
 async def test_a_stream_has_the_shape_that_clients_read(
     server: Server, http: httpx.AsyncClient
 ) -> None:
-    """Only data lines, the engine's bytes as they came, [DONE] last, and telling headers."""
+    """Only data lines, the engine's choices as they came, [DONE] last, and telling headers."""
 
     async def play(talk: Talk) -> None:
         await talk.say(stream("Hel", "lo"))
@@ -97,9 +97,40 @@ async def test_a_stream_has_the_shape_that_clients_read(
         lines = await events(response)
     assert all(line.startswith("data: ") for line in lines)
     assert lines[-1] == "data: [DONE]"
-    whole = stream("Hel", "lo")
-    assert [line.encode() in whole for line in lines] == [True] * 4
+    whole = stream("Hel", "lo").decode()
+    choices = [line[line.index('"choices"') :] for line in lines[:-1]]
+    assert [each in whole for each in choices] == [True] * 3
     assert not any("usage" in line for line in lines)
+
+
+async def test_an_answer_has_one_name_whatever_its_engine_calls_it(
+    server: Server, http: httpx.AsyncClient
+) -> None:
+    """Chunks and whole answers name the model that was asked for, and lead to their receipt."""
+
+    async def play(talk: Talk) -> None:
+        odd = {"id": "c9", "model": "m", "choices": [{"index": 7, "delta": {"content": "lo"}}]}
+        empty = {"id": "c9", "model": "m", "prompt_filter_results": []}
+        await talk.say(
+            SSE_HEAD, delta("hel"), *(event(json.dumps(o).encode()) for o in (empty, odd))
+        )
+        await talk.say(delta(finish="stop"), delta(usage=2), event(b"[DONE]"), b"0\r\n\r\n")
+
+    options = {"stream_options": {"include_usage": True}}
+    async with listed(server, play, name="foo"):
+        whole = (await http.post(CHAT, json={**HELLO, "model": "foo"})).json()
+        async with streaming(http, model="foo", **options) as response:
+            lines = await events(response)
+        async with streaming(http, model="foo", n=2) as response:
+            several = await events(response)
+    chunks = [json.loads(line.removeprefix("data: ")) for line in lines[:-1]]
+    assert {chunk["model"] for chunk in [whole, *chunks]} == {"foo"}
+    assert len({(chunk["id"], chunk["created"]) for chunk in chunks}) == 1
+    assert [choice["index"] for chunk in chunks for choice in chunk["choices"]] == [0, 0, 0]
+    for answer_id in (whole["id"], chunks[0]["id"]):
+        kept = (await http.get(f"/v1/receipts/{answer_id}")).json()
+        assert kept["receipt"]["model"] == "foo"
+    assert several[-1] == "data: [DONE]"
 
 
 async def test_usage_is_the_platforms_own_count(server: Server, http: httpx.AsyncClient) -> None:
@@ -332,6 +363,7 @@ async def test_who_does_not_read_is_cut_off(server: Server) -> None:
         reader, writer = await asyncio.open_connection("127.0.0.1", server.port, limit=1_024)
         body = json.dumps({**HELLO, "stream": True, "max_tokens": 10**6}).encode()
         lines = ["POST /v1/chat/completions HTTP/1.1", "Host: x", f"Content-Length: {len(body)}"]
+        lines += ["Content-Type: application/json"]
         lines += [f"Authorization: Bearer {server.key}", "", ""]
         writer.write("\r\n".join(lines).encode() + body)
         assert await reader.readline() == b"HTTP/1.1 200 OK\r\n"

@@ -200,6 +200,17 @@ def test_config_tells_each_value_and_its_source(tmp_path: Path) -> None:
     assert not (tmp_path / "d").exists()
 
 
+def test_config_asks_the_platform_that_runs(data_dir: Path) -> None:
+    """Where a platform runs, its settings are told with their sources, not those of this shell."""
+    with serving(data_dir, "--no-engine", environment={"ANSER_ENGINE_SLOTS": "7"}):
+        found = told("config", "--data-dir", data_dir)
+    rows = {row["path"]: (row["value"], row["source"]) for row in found["settings"]}
+    assert rows["server.port"] == (0, "command line")
+    assert rows["engine.enabled"] == (False, "command line")
+    assert rows["engine.slots"] == (7, "ANSER_ENGINE_SLOTS")
+    assert rows["server.host"] == ("127.0.0.1", "default")
+
+
 def test_the_language_is_the_users(data_dir: Path) -> None:
     """Texts come in Chinese where that is asked for; names and codes stay."""
     ended = anser(

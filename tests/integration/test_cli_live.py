@@ -197,7 +197,7 @@ def test_a_receipt_is_fetched_and_checked(live: Server, data: Path, tmp_path: Pa
     """An answer's receipt verifies offline, by the platform's key; a changed one does not."""
     request = told("chat", "Say hello.", "--max-tokens", "4", "--data-dir", data)["request"]
     file = tmp_path / "receipt.json"
-    told("receipt", "get", request, "--output", file, "--data-dir", data)
+    told("receipt", "get", request, "-o", file, "--data-dir", data)
     found = told("receipt", "verify", file)
     assert (found["valid"], found["member"]) == (True, "local/default/owner")
     public_key = httpx.get(f"{live.url}/v1/signing-key").json()["public_key"]
@@ -361,6 +361,15 @@ def pasted(line: str) -> Any:
     response = httpx.post(words[1], headers=headers, content=words[7], timeout=WAIT_S)
     assert response.status_code == 200, response.text
     return response.json()
+
+
+def test_serve_names_a_model_of_its_nodes(live: Server, data_dir: Path) -> None:
+    """Without an engine of its own it names a model that a stored node serves, or none."""
+    with serving(data_dir, "--no-engine") as server:
+        assert server.model == ""
+        server.admin("POST", "/nodes", {"url": live.url})
+    with serving(data_dir, "--no-engine") as server:
+        assert server.model == live.model
 
 
 def test_serve_goes_on_when_nobody_reads_what_it_says(data_dir: Path) -> None:

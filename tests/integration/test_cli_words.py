@@ -42,6 +42,8 @@ def test_every_command_explains_itself(say: Say, words: str) -> None:
     leads_on = "COMMAND" in told.splitlines()[0]
     assert leads_on or f"`{words}" in told, "no example"
     assert "Exit codes" in told
+    assert "─ Parameters" not in told, "the usage line calls them options"
+    assert "default: False" not in told, "a switch is off until it is given"
 
 
 @pytest.mark.parametrize(
@@ -70,6 +72,8 @@ def test_a_wrong_call_is_told_in_one_line(say: Say, words: list[str], parts: lis
     [
         (["member", "add", "local"], ["local", "exists"]),
         (["member", "add", "a/b"], ["Add a first"]),
+        (["member", "set", "local"], ["what to change", "--weight"]),
+        (["member", "set", "nobody", "--weight", "2"], ["nobody"]),
         (["member", "add", "Physics!"], ["a-z"]),
         (["key", "create", "nobody"], ["nobody"]),
         (["key", "create", "local", "--label", "a\nb"], ["printable"]),
@@ -79,6 +83,7 @@ def test_a_wrong_call_is_told_in_one_line(say: Say, words: list[str], parts: lis
         (["node", "add", "ftp://x"], ["http"]),
         (["receipt", "get", "req_0"], ["no such receipt"]),
         (["usage", "--since", "9999999w"], ["since_s"]),
+        (["usage", "nobody"], ["no member", "nobody"]),
         (["chat", "--url", "http://127.0.0.1:1"], ["http://127.0.0.1:1", "--url"]),
         (["models", "--url", "no such host"], ["--url"]),
     ],
@@ -101,6 +106,12 @@ def test_members_are_listed_in_columns(say: Say) -> None:
         ["physics", "0.5", "-", "-", "-", "-"],
         ["physics/lattice", "1.0", "-", "7", "-", "-"],
     ]
+    changed = say("member", "set", "physics/lattice", "--weight", "3", "--queued-max", "0")
+    assert changed == "Changed the member physics/lattice.\n"
+    say("member", "set", "physics/lattice", "--in-flight-max", "2")
+    assert say("member", "list").splitlines()[-1].split() == [
+        "physics/lattice", "3.0", "2", "-", "-", "-",
+    ]  # fmt: skip
 
 
 def test_keys_are_listed_in_columns(say: Say) -> None:
@@ -120,7 +131,9 @@ def test_nodes_are_told_in_words(say: Say) -> None:
     added = say("node", "add", "http://127.0.0.1:9", "--name", "gpu-1", "--model", "m")
     assert added.splitlines()[0] == "Added the node gpu-1."
     assert "gpu-1" in say("node", "list")
+    assert say("models").splitlines()[1].split() == ["m", "-", "1", "openai", "not", "ready"]
     assert "gpu-1 finishes" in say("node", "drain", "gpu-1")
+    assert "gpu-1 takes requests again" in say("node", "resume", "gpu-1")
     assert say("node", "remove", "gpu-1") == "Removed the node gpu-1.\n"
     assert "no node gpu-1" in say("node", "remove", "gpu-1", code=1).replace("'", "")
 
@@ -130,7 +143,7 @@ def test_nothing_used_is_an_empty_table(say: Say) -> None:
     assert say("usage").split() == [
         "member", "model", "requests", "failed", "cancelled", "prompt", "cached", "completion",
     ]  # fmt: skip
-    assert say("usage", "nobody").count("\n") == 1
+    assert say("usage", "local").count("\n") == 1
 
 
 def test_settings_are_told_in_columns(say: Say, data_dir: Path) -> None:
@@ -148,7 +161,7 @@ def test_a_receipt_is_told_in_words(say: Say, data_dir: Path, tmp_path: Path) ->
     file = tmp_path / "receipt.json"
     public_key = recorded(data_dir)
     request = make_receipt(1).request
-    assert say("receipt", "get", request, "--output", file) == f"Wrote {file}.\n"
+    assert say("receipt", "get", request, "-o", file) == f"Wrote {file}.\n"
     assert say("receipt", "verify", file).startswith("Whole, and signed with the key named in it")
     told = say("receipt", "verify", file, "--public-key", public_key.hex())
     assert told.startswith(f"Valid, and signed with the key given: request {request}")

@@ -155,6 +155,22 @@ async def test_a_node_that_serves_no_such_model() -> None:
         assert status.error == "It serves no model."
 
 
+async def test_a_web_server_is_no_node() -> None:
+    """What answers HTTP but is no engine is listed, down, with unknown slots, and told why."""
+
+    async def files(talk: Talk) -> None:
+        while True:
+            await talk.request()
+            await talk.say(answer(b"<h1>Not found</h1>", status="404 File not found"))
+
+    async with Hostile(files) as server, fleet_of() as (fleet, watcher):
+        status = await fleet.add(Node(id="files", url=server.url))
+        assert (status.state, status.slots, status.usable) == (NodeState.DOWN, None, 0)
+        assert status.error is not None
+        assert "no OpenAI-compatible engine" in status.error
+        assert watcher.slots("files") == 0
+
+
 @pytest.mark.parametrize(
     ("node", "error", "param"),
     [
@@ -331,6 +347,20 @@ async def test_draining_takes_the_slots_and_is_stored() -> None:
         assert (await store.nodes())[0].draining
         with pytest.raises(NotFound):
             await fleet.drain("x")
+
+
+async def test_resuming_gives_the_slots_back_and_is_stored() -> None:
+    """A resumed node takes requests again, also after a restart."""
+    store = MemoryStore()
+    async with Hostile(Listing()) as hostile, fleet_of(store) as (fleet, watcher):
+        await fleet.add(Node(id="n", url=hostile.url, slots=3))
+        for _ in range(2):
+            await fleet.drain("n")
+            await fleet.resume("n")
+            assert (fleet.status("n").state, watcher.slots("n")) == (NodeState.UP, 3)
+            assert not (await store.nodes())[0].draining
+        with pytest.raises(NotFound):
+            await fleet.resume("x")
 
 
 async def test_removing_forgets_everything() -> None:

@@ -368,7 +368,8 @@ def send_and_leave(server: Server, size: int, part: float) -> None:
     """Send a well-formed body of `size` bytes as far as `part` says, and hang up."""
     text = "x" * (size - 100)
     body = json.dumps({**HELLO, "messages": [{"role": "user", "content": text}]}).encode()
-    head = f"POST {CHAT} HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: {len(body)}\r\n\r\n"
+    head = f"POST {CHAT} HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: {len(body)}\r\n"
+    head += "Content-Type: application/json\r\n\r\n"
     with socket.create_connection(("127.0.0.1", server.port), timeout=WAIT_S) as sock:
         linger = struct.pack("ii", 1, 0)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)

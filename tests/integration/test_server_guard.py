@@ -105,19 +105,56 @@ async def test_expect_100_continue() -> None:
         assert (await client.answer())[2] == b"/e:2"
 
 
+UPGRADE = b"Connection: Upgrade, HTTP2-Settings\r\nUPGRADE: h2c\r\nHTTP2-Settings: AAMAAABk\r\n"
+CHUNKED = b"Transfer-Encoding: chunked\r\n"
+
+
 async def test_an_upgrade_is_ignored() -> None:
-    """Protocols are not switched: without a body it is an ordinary request, with one refused."""
-    upgrade = b"Connection: Upgrade\r\nUpgrade: h2c\r\n"
+    """Protocols are not switched: a request that offers it is an ordinary one, whatever its body.
+
+    Bytes after it are the next request's, in the same read or a later one.
+    """
+    requests = [
+        (b"GET /g HTTP/1.1\r\nHost: a\r\n" + UPGRADE + b"\r\n", b"/g:0"),
+        (post("/l", b"abc", headers=UPGRADE), b"/l:3"),
+        (post("/z", b"", headers=UPGRADE), b"/z:0"),
+        (
+            b"POST /c HTTP/1.1\r\nHost: a\r\n" + CHUNKED + UPGRADE + b"\r\n3\r\nabc\r\n0\r\n\r\n",
+            b"/c:3",
+        ),
+        (post("/w", b"abc", headers=b"Upgrade: websocket\r\nConnection: upgrade\r\n"), b"/w:3"),
+        (
+            post("/two", b"abc", headers=b"Upgrade: a\r\nupgrade: b\r\nConnection: Upgrade\r\n"),
+            b"/two:3",
+        ),
+        (post("/plain", b"GET /smuggled HTTP/1.1\r\nHost: a\r\n\r\n"), b"/plain:35"),
+    ]
+    async with guarded_server(QUICK) as server, Client.to(server) as client:
+        for request, expected in requests:
+            client.send(request)
+            status, _, body = await client.answer()
+            assert (status, body) == (200, expected)
+        client.send(b"".join(request for request, _ in requests))
+        for _, expected in requests:
+            assert (await client.answer())[2] == expected
+        assert b"/smuggled" not in b" ".join(path.encode() for path in server.paths)
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        b"POST / HTTP/1.1\r\nHost: a\r\nUpgrade : h2c\r\nContent-Length: 0\r\n\r\n",
+        b"POST / HTTP/1.1\r\nHost: a\r\nUpgrade: h2c\r\n X: y\r\nContent-Length: 3\r\n\r\nabc",
+        b"POST / HTTP/1.1\r\nHost: a\r\nUpgrade: h2c\nContent-Length: 3\r\n\r\nabc",
+        b"CONNECT a:80 HTTP/1.1\r\nHost: a\r\n\r\n",
+        b"CONNECT /a HTTP/1.1\r\nHost: a\r\n\r\n",
+    ],
+)
+async def test_an_upgrade_hides_nothing(head: bytes) -> None:
+    """A head that only looks like one with an Upgrade line is refused, and nothing is tunnelled."""
     async with guarded_server(QUICK) as server:
-        async with Client.to(server) as client:
-            client.send(b"GET /u HTTP/1.1\r\nHost: a\r\n" + upgrade + b"\r\n")
-            status, head, body = await client.answer()
-            assert (status, body) == (200, b"/u:0")
-            assert b"connection: close" in head
-        assert await refusal(server, post(body=b"abc", headers=upgrade)) == (
-            400,
-            "malformed_request",
-        )
+        assert await refusal(server, head) == (400, "malformed_request")
+        assert server.paths == []
 
 
 # 1: heads that are too long or too slow
@@ -407,6 +444,17 @@ async def test_a_slow_reader_gets_everything() -> None:
         while data := await client.reader.read(1 << 20):
             got += len(data)
         assert got > 4_096 * 65_536
+
+
+async def test_an_answer_without_length_has_no_chunks_in_http_1_0() -> None:
+    """RFC 9112, 6.1: whoever speaks 1.0 knows no chunks; the end is that of the connection."""
+    async with guarded_server(QUICK) as server, Client.to(server) as client:
+        client.send(b"POST /duplex HTTP/1.0\r\nContent-Length: 0\r\n\r\n")
+        got = await client.reader.read()
+    head, _, body = got.partition(b"\r\n\r\n")
+    assert b"transfer-encoding" not in head
+    assert b"connection: close" in head
+    assert body == b"begunended"
 
 
 # The cap

@@ -12,6 +12,7 @@ from anser.core.fleet import (
     HealthEvent,
     HealthRules,
     NodeState,
+    Resumed,
     Silent,
     StreamFailed,
     StreamFinished,
@@ -24,6 +25,7 @@ _EVENTS: st.SearchStrategy[HealthEvent] = st.one_of(
     st.builds(Silent, loading=st.booleans()),
     st.just(StreamFinished()),
     st.builds(StreamFailed, jitter=st.floats(0, 1)),
+    st.just(Resumed()),
     st.just(Ticked()),
 )
 _HISTORY = st.lists(st.tuples(st.floats(0, 200), _EVENTS), max_size=120)

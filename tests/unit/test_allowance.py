@@ -47,6 +47,22 @@ def test_giving_back_never_overfills() -> None:
     assert bucket.available(0.0) == 60
 
 
+def test_other_limits_keep_what_was_used() -> None:
+    """A changed limit holds at once, and renews nobody's minute or day."""
+    allowance = Allowance(Limits(tokens_per_minute=100, tokens_per_day=1_000))
+    allowance.take(80, now=0.0)
+    allowance.change(Limits(tokens_per_minute=60, in_flight_max=1), now=0.0)
+    allowance.validate()
+    assert allowance.minute is not None
+    assert allowance.minute.available(0.0) == pytest.approx(-20)
+    assert allowance.day is None
+    with pytest.raises(LimitReached, match="in flight"):
+        allowance.check("a", tokens=1, now=0.0)
+    allowance.change(Limits(tokens_per_day=5), now=0.0)
+    assert (allowance.minute, allowance.open) == (None, 1)
+    allowance.check("a", tokens=5, now=0.0)
+
+
 @pytest.mark.parametrize("limit", [1, 3])
 def test_in_flight_is_refused_at_the_limit(limit: int) -> None:
     """Exactly `in_flight_max` requests are open at once; the next is refused with a way out."""

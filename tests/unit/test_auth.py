@@ -49,52 +49,50 @@ async def test_a_key_opens_its_member(door: Doorkeeper, members: Members) -> Non
     assert (principal.member, principal.key) == (OWNER, key.id)
 
 
-async def test_guessing_is_locked_out(door: Doorkeeper, members: Members) -> None:
-    """After FAILURES_MAX wrong keys a network's keys are refused alike, right or wrong."""
+async def test_guessing_is_slowed(door: Doorkeeper, members: Members) -> None:
+    """After FAILURES_MAX wrong keys a network's next ones must wait; no right key ever must."""
     text, _ = await members.create_key(OWNER)
     guess(door, HOME)
-    for key in ("hf_wrong", text):
+    for _ in range(2):
         with pytest.raises(LimitReached) as caught:
-            door.authenticate(key, peer=NEIGHBOUR)
+            door.authenticate("hf_wrong", peer=NEIGHBOUR)
         assert 0 < (caught.value.retry_after_s or 0) <= WINDOW_S
-    assert door.authenticate(text, peer=ELSEWHERE).member == OWNER
+        assert door.authenticate(text, peer=HOME).member == OWNER
+    with pytest.raises(Unauthenticated):
+        door.authenticate("hf_wrong", peer=ELSEWHERE)
     door.validate()
 
 
-async def test_lock_out_begins_at_its_limit(door: Doorkeeper, members: Members) -> None:
-    """One wrong key less than FAILURES_MAX locks nobody out."""
-    text, _ = await members.create_key(OWNER)
-    guess(door, HOME, FAILURES_MAX - 1)
-    assert door.authenticate(text, peer=HOME).member == OWNER
+@pytest.mark.parametrize("text", ["EMPTY", "sk-no-key-required", "anonymous", "hf_", "hf_a-b", ""])
+async def test_a_placeholder_is_no_guess(clock: MemoryClock, text: str) -> None:
+    """What is not shaped like a key is refused as often as it comes, and slows nobody."""
+    members = Members(MemoryStore(), clock, b"pepper", MemberSettings(), anonymous=False)
+    await members.load()
+    door = Doorkeeper(members, clock)
+    for _ in range(3 * FAILURES_MAX):
+        with pytest.raises(Unauthenticated):
+            door.authenticate(text, peer=HOME)
+    with pytest.raises(Unauthenticated):
+        door.authenticate("hf_wrong", peer=HOME)
 
 
-async def test_lock_out_ends(door: Doorkeeper, members: Members, clock: MemoryClock) -> None:
-    """A window after the first wrong key, the network may try again."""
-    text, _ = await members.create_key(OWNER)
+async def test_slowing_ends(door: Doorkeeper, clock: MemoryClock) -> None:
+    """A window after the first wrong key, the network may try again as often."""
     guess(door, HOME)
-    clock.advance(WINDOW_S)
-    assert door.authenticate(text, peer=HOME).member == OWNER
-
-
-async def test_lock_out_spares_the_familiar(door: Doorkeeper, members: Members) -> None:
-    """Whoever has shown a right key from a network before is not locked out by its guesser."""
-    text, _ = await members.create_key(OWNER)
-    other, _ = await members.create_key(OWNER)
-    door.authenticate(text, peer=HOME)
-    guess(door, NEIGHBOUR)
-    assert door.authenticate(text, peer=HOME).member == OWNER
     with pytest.raises(LimitReached):
-        door.authenticate(other, peer=HOME)
+        door.authenticate("hf_wrong", peer=HOME)
+    clock.advance(WINDOW_S)
+    guess(door, HOME)
 
 
-async def test_lock_out_spares_anonymous_use(door: Doorkeeper) -> None:
+async def test_slowing_spares_anonymous_use(door: Doorkeeper) -> None:
     """A request without a key is no guess, and is not refused for others' guesses."""
     guess(door, HOME)
     assert door.authenticate(None, peer=HOME).anonymous
 
 
 async def test_a_revoked_key_counts_as_wrong(door: Doorkeeper, members: Members) -> None:
-    """A key that was right once is wrong once it is revoked, also for the familiar."""
+    """A key that was right once is wrong once it is revoked, wherever it was used."""
     text, key = await members.create_key(OWNER)
     door.authenticate(text, peer=HOME)
     await members.revoke_key(key.id)
@@ -102,11 +100,9 @@ async def test_a_revoked_key_counts_as_wrong(door: Doorkeeper, members: Members)
         door.authenticate(text, peer=HOME)
 
 
-async def test_a_unix_socket_is_no_network(door: Doorkeeper, members: Members) -> None:
-    """Whoever may open the socket file cannot be locked out by address, having none."""
-    text, _ = await members.create_key(OWNER)
+async def test_a_unix_socket_is_no_network(door: Doorkeeper) -> None:
+    """Whoever may open the socket file cannot be slowed by address, having none."""
     guess(door, "", 3 * FAILURES_MAX)
-    assert door.authenticate(text, peer="").member == OWNER
 
 
 async def test_many_networks_are_remembered_within_bounds(door: Doorkeeper) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import shlex
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,8 +14,10 @@ import structlog
 from anser.cli.chat import Talk
 from anser.cli.doctor import Verdict, memory_free, packages, python, room
 from anser.cli.logs import log_to_stderr
+from anser.cli.messages import program
 from anser.cli.progress import Steps, shown_progress
-from anser.cli.serve import curl_line, python_lines
+from anser.cli.serve import People, curl_line, python_lines
+from anser.config import load
 from anser.core.errors import AnserError
 from anser.platform import Listening
 from tests.unit.test_cli_control import answering
@@ -40,19 +43,53 @@ def listening(
 )
 def test_the_curl_line_is_one_shell_command(key: str | None, anonymous: bool, sent: str) -> None:
     """Its words are what curl takes; a key is in it where one is needed."""
-    words = shlex.split(curl_line(listening(key=key, anonymous=anonymous)))
+    words = shlex.split(curl_line(listening(key=key, anonymous=anonymous), "m"))
     assert words[:2] == ["curl", "http://127.0.0.1:1/v1/chat/completions"]
     assert json.loads(words[-1])["model"] == "m"
     keys = [word for word in words if word.startswith("Authorization: ")]
     assert keys == ([] if sent is None else [f"Authorization: Bearer {sent}"])
 
 
-@pytest.mark.parametrize("model", ["m", 'it\'s "quoted"', "é\\n", None])
-def test_the_python_program_is_one(model: str | None) -> None:
+@pytest.mark.parametrize("model", ["m", 'it\'s "quoted"', "é\\n"])
+def test_the_python_program_is_one(model: str) -> None:
     """It can be parsed whatever the model is called, and names model and key."""
-    tree = ast.parse("\n".join(python_lines(listening(model=model))))
+    tree = ast.parse("\n".join(python_lines(listening(), model)))
     texts = [node.value for node in ast.walk(tree) if isinstance(node, ast.Constant)]
-    assert {model or "MODEL", "hf_x", "http://127.0.0.1:1/v1"} <= set(texts)
+    assert {model, "hf_x", "http://127.0.0.1:1/v1"} <= set(texts)
+
+
+@pytest.mark.parametrize("model", ["m", None])
+def test_nothing_is_printed_that_cannot_work(
+    model: str | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Where no model can be asked, all that is shown is the way to one, data folder included."""
+    given = load(file=None, environ={}, overrides={"data_dir": tmp_path / "my data"})
+    People(given).listening(listening(model=model))
+    said = capsys.readouterr().out
+    assert ("curl" in said) == ("import OpenAI" in said) == (model is not None)
+    command = f"node add --data-dir '{tmp_path}/my data' URL"
+    assert (command in said) == (model is None)
+
+
+def test_the_program_is_named_as_it_can_be_started(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By name where the PATH has this very program, else by its place, else by its module."""
+    here = tmp_path / "my folder" / "anser"
+    here.parent.mkdir()
+    here.write_text("#!/bin/sh\n")
+    here.chmod(0o755)
+    monkeypatch.setattr(sys, "argv", [str(here)])
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert program() == f"'{here}'"
+    (tmp_path / "anser").symlink_to(here)
+    assert program() == "anser"
+    (tmp_path / "anser").unlink()
+    (tmp_path / "anser").write_text("another")
+    (tmp_path / "anser").chmod(0o755)
+    assert program() == f"'{here}'"
+    monkeypatch.setattr(sys, "argv", ["/x/__main__.py"])
+    assert program().endswith(" -m anser")
 
 
 def test_progress_is_told_in_tenths() -> None:

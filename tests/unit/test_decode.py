@@ -50,6 +50,23 @@ def test_what_is_not_a_json_object_is_refused(body: bytes) -> None:
         decode_object(body)
 
 
+@pytest.mark.parametrize(
+    ("body", "trouble"),
+    [
+        (b'{"a": "\\ud800"}', r"a \u escape is one half of a surrogate pair"),
+        (b'{"a": "\\ud800 and more"}', "surrogate pair"),
+        (b'{"a": "\\udc00"}', "surrogate pair"),
+        (b'{"a": "\\ud800', "truncated"),
+        (b'{"a": 1', "truncated"),
+    ],
+)
+def test_half_a_surrogate_pair_is_named(body: bytes, trouble: str) -> None:
+    """Half a pair is not taken for a body that was cut off, nor the other way round."""
+    with pytest.raises(RequestError) as caught:
+        decode_object(body)
+    assert trouble in caught.value.message
+
+
 def test_depth_is_refused_beyond_its_limit() -> None:
     """JSON nested JSON_DEPTH_MAX levels deep passes, one more is refused."""
     assert decode_object(nested(JSON_DEPTH_MAX))

@@ -7,7 +7,8 @@ from collections.abc import Mapping
 import pytest
 
 from anser.adapters.engine_detect import inspect
-from anser.core.fleet import EngineKind, EngineReport
+from anser.core.errors import EngineBroken
+from anser.core.fleet import Ability, EngineKind, EngineReport
 from anser.core.limits import MODEL_NAME_CHARS_MAX, NODE_MODELS_MAX
 
 pytestmark = pytest.mark.anyio
@@ -35,8 +36,8 @@ async def test_vllm() -> None:
     listed = models("qwen", owned_by="vllm", max_model_len=32_768, root="qwen", permission=[])
     report, asked = await found(listed, {"/version": {"version": "0.9.1"}})
     assert (report.kind, report.version, report.slots) == (EngineKind.VLLM, "0.9.1", None)
-    assert [(m.name, m.context_tokens, m.embeddings) for m in report.models] == [
-        ("qwen", 32_768, False)
+    assert [(m.name, m.context_tokens, m.ability) for m in report.models] == [
+        ("qwen", 32_768, Ability.BOTH)
     ]
     assert asked == ["/version"]
 
@@ -48,11 +49,13 @@ async def test_sglang() -> None:
     model = {"model_path": "qwen", "is_generation": True}
     report, _ = await found(listed, {"/get_server_info": info, "/get_model_info": model})
     assert (report.kind, report.version, report.slots) == (EngineKind.SGLANG, "0.5.3", 48)
-    assert not report.models[0].embeddings
+    assert report.models[0].ability is Ability.CHAT
     effective = {"internal_states": [{"effective_max_running_requests_per_dp": 16}]}
     model = {"is_generation": False}
     report, _ = await found(listed, {"/server_info": effective, "/get_model_info": model})
-    assert (report.slots, report.models[0].embeddings) == (16, True)
+    assert (report.slots, report.models[0].ability) == (16, Ability.EMBEDDINGS)
+    report, _ = await found(listed, {"/server_info": effective})
+    assert report.models[0].ability is Ability.BOTH
 
 
 async def test_llamacpp() -> None:
@@ -86,7 +89,11 @@ async def test_ollama() -> None:
         report, _ = await found(listed, told)
         assert (report.kind, report.version, report.slots) == (EngineKind.OLLAMA, "0.12.0", None)
         assert [m.context_tokens for m in report.models] == [4_096, None, None]
-        assert [m.embeddings for m in report.models] == [False, True, True]
+        assert [m.ability for m in report.models] == [
+            Ability.BOTH,
+            Ability.EMBEDDINGS,
+            Ability.EMBEDDINGS,
+        ]
 
 
 async def test_tgi() -> None:
@@ -121,12 +128,16 @@ async def test_anything_else_is_openai() -> None:
             {"id": "c", "capabilities": ["completion", "embedding"]},
             {"id": "d", "max_context_length": 1_000, "capabilities": {"chat": True}},
             {"id": "text-embedding-3-small"},
+            {"id": "e", "capabilities": ["chat"]},
         ]
     }
     report, asked = await found(listed)
     assert report.kind is EngineKind.OPENAI
-    assert [m.context_tokens for m in report.models] == [128_000, 8_192, None, 1_000, None]
-    assert [m.embeddings for m in report.models] == [False, True, False, False, False]
+    assert [m.context_tokens for m in report.models] == [128_000, 8_192, None, 1_000, None, None]
+    assert [m.ability for m in report.models] == [
+        *(Ability.BOTH, Ability.EMBEDDINGS, Ability.BOTH, Ability.BOTH, Ability.BOTH),
+        Ability.CHAT,
+    ]
     assert asked == ["/api/version", "/info", "/props"]
 
 
@@ -149,12 +160,7 @@ async def test_another_engine_at_the_same_place_is_noticed() -> None:
 @pytest.mark.parametrize(
     "listed",
     [
-        None,
-        [],
-        "text",
-        7,
-        {"data": None},
-        {"data": {"id": "a"}},
+        {"data": []},
         {"data": [None, 1, "a", [], {}, {"id": 7}, {"id": ""}, {"id": "a\x1b[2J"}, {"id": None}]},
         {"data": [{"id": "a" * (MODEL_NAME_CHARS_MAX + 1)}]},
     ],
@@ -163,6 +169,22 @@ async def test_lists_that_are_none(listed: object) -> None:
     """Whatever shape a stranger's JSON has, what is no model's name is left out."""
     report, _ = await found(listed)
     assert (report.kind, report.models) == (EngineKind.OPENAI, ())
+
+
+@pytest.mark.parametrize("known", [None, EngineKind.OPENAI, EngineKind.VLLM])
+@pytest.mark.parametrize(
+    "listed", [None, [], "text", 7, {}, {"data": None}, {"data": {"id": "a"}}, {"status": "ok"}]
+)
+async def test_a_web_server_is_no_engine(listed: object, known: EngineKind | None) -> None:
+    """Who lists no models and answers no engine's questions is refused, whatever it was before."""
+    with pytest.raises(EngineBroken, match="no OpenAI-compatible engine"):
+        await found(listed, known=known)
+
+
+async def test_an_engine_without_models_is_one() -> None:
+    """Ollama with nothing pulled lists null and still is Ollama."""
+    report, _ = await found({"data": None}, {"/api/version": {"version": "0.12.0"}})
+    assert (report.kind, report.models) == (EngineKind.OLLAMA, ())
 
 
 @pytest.mark.parametrize("wrong", [None, 0, -1, True, "4", 4.5, [], {}, {"n_ctx": "x"}, 10**30])

@@ -23,11 +23,14 @@ from anser.api.context import Services
 from anser.api.exchange import Bodies, Exchange
 from anser.api.models import served
 from anser.api.routes import ROUTES, find_direct
-from anser.config import Config, MemberSettings, ServerSettings
+from anser.config import Config, Loaded, MemberSettings, ServerSettings
 from anser.core.errors import ModelNotFound, NoNode, Overloaded
+from anser.core.fleet import Ability
 from anser.core.ledger import Outcome
+from anser.core.limits import EMBEDDING_BATCH_MAX, EMBEDDING_INPUTS_MAX, PROMPTS_MAX
 from anser.ports import Call
 from anser.services.hub import Hub
+from anser.services.members import OWNER
 from tests.pool import Pool, open_pool
 
 pytestmark = pytest.mark.anyio
@@ -62,7 +65,7 @@ class Client:
     async def ask(self, method: str, path: str, *parts: bytes, **headers: str) -> Client:
         """Let the application answer, to its end."""
         self.parts = list(parts) or [b""]
-        lines = {"host": "127.0.0.1", **headers}
+        lines = {"host": "127.0.0.1", "content_type": "application/json", **headers}
         scope = {
             "type": "http",
             "method": method,
@@ -77,9 +80,9 @@ class Client:
         await self.app(scope, self.receive, self.send)
         return self
 
-    async def post(self, body: object) -> Client:
-        """A chat completion with this body."""
-        return await self.ask("POST", CHAT, json.dumps(body).encode())
+    async def post(self, body: object, path: str = CHAT) -> Client:
+        """A call with this body, a chat completion if nothing else is said."""
+        return await self.ask("POST", path, json.dumps(body, separators=(",", ":")).encode())
 
     @property
     def status(self) -> int:
@@ -123,7 +126,7 @@ async def stage(
     engine = MemoryEngine(slots=slots, pace=Pace(step_s=0.001), fault_of=fault)
     async with open_pool({"one": engine}, member_settings=member_settings) as pool:
         services = Services(
-            config=Config(data_dir=folder, server=ServerSettings(body_bytes_max=10_000)),
+            loaded=Loaded.of(Config(data_dir=folder, server=ServerSettings(body_bytes_max=10_000))),
             clock=SystemClock(),
             members=pool.members,
             fleet=pool.fleet,
@@ -150,7 +153,8 @@ async def test_a_client_that_leaves_while_it_sends_is_forgotten(tmp_path: Path) 
         client = scene.client()
         client.leaving.set()
         client.parts = []
-        scope = {"type": "http", "method": "POST", "path": CHAT, "headers": [], "client": None}
+        json_ = [(b"content-type", b"application/json")]
+        scope = {"type": "http", "method": "POST", "path": CHAT, "headers": json_, "client": None}
         await client.app({**scope, "server": ("127.0.0.1", 80)}, client.receive, client.send)
         assert client.sent == []
 
@@ -275,14 +279,149 @@ async def test_a_limit_that_is_reached_says_what_is_left(tmp_path: Path) -> None
     assert answer.headers["x-ratelimit-remaining-requests"] == "0"
 
 
-async def test_several_answers_fail_together(tmp_path: Path) -> None:
-    """If one of `n` is refused at the door, none is left running."""
+async def test_several_answers_are_admitted_together_or_not_at_all(tmp_path: Path) -> None:
+    """Where one of `n` has no place now, none is begun: 429, and no receipt of the others."""
     settings = MemberSettings(in_flight_max=2)
     async with stage(tmp_path, member_settings=settings) as scene:
+        first = scene.client()
+        running = asyncio.ensure_future(first.post({**HELLO, "max_tokens": 3_000, "stream": True}))
+        async with asyncio.timeout(5):
+            while not first.sent:
+                await asyncio.sleep(0.005)
+        refused = await scene.client().post({**HELLO, "n": 2})
+        first.leaving.set()
+        await running
+        again = await scene.client().post({**HELLO, "n": 2})
+        receipts = await scene.pool.receipts()
+    assert (refused.status, again.status) == (429, 200)
+    assert "retry-after" in refused.headers
+    assert len(receipts) == 3
+
+
+async def test_more_answers_than_may_ever_be_are_the_callers_mistake(tmp_path: Path) -> None:
+    """`n` beyond what the limits of an idle member allow is 400: trying again cannot help."""
+    async with stage(tmp_path, member_settings=MemberSettings(in_flight_max=2)) as scene:
+        answer = await scene.client().post({**HELLO, "n": 3})
+        assert await scene.pool.receipts() == []
+    assert answer.status == 400
+    assert answer.error["param"] == "n"
+
+
+async def test_several_answers_refused_at_the_door_leave_no_place_taken(tmp_path: Path) -> None:
+    """Places are reserved before the gateway looks: what it refuses gives them back."""
+    async with stage(tmp_path) as scene:
+        before = scene.pool.members.limits_left(OWNER)
+        scene.pool.gateway.drain()
+        answer = await scene.client().post({**HELLO, "n": 2})
+        assert scene.pool.members.limits_left(OWNER) == before
+    assert answer.status == 503
+
+
+@pytest.mark.parametrize("path", [CHAT, "/v1/completions"])
+async def test_a_stream_has_one_identity(tmp_path: Path, path: str) -> None:
+    """All chunks, that of usage too, have the platform's id, by which the receipt is found."""
+    fields = {"messages": HELLO["messages"]} if path == CHAT else {"prompt": "hello"}
+    options = {"stream": True, "stream_options": {"include_usage": True}}
+    body = {"model": "memory", "max_tokens": 5, **fields, **options}
+    async with stage(tmp_path) as scene:
+        answer = await scene.client().ask("POST", path, json.dumps(body).encode())
+        *events, done, _ = answer.body.decode().split("\n\n")
+        chunks = [json.loads(event.removeprefix("data: ")) for event in events]
+        await scene.pool.receipts()
+        kept = await scene.client().ask("GET", f"/v1/receipts/{chunks[0]['id']}")
+    heads = {
+        tuple(chunk[name] for name in ("id", "object", "created", "model")) for chunk in chunks
+    }
+    assert done == "data: [DONE]"
+    assert len(heads) == 1
+    assert chunks[0]["id"].startswith("chatcmpl-" if path == CHAT else "cmpl-")
+    assert json.loads(kept.body)["receipt"]["request"] == answer.headers["x-request-id"]
+    assert sum("usage" in chunk for chunk in chunks) == 1
+
+
+async def test_several_answers_fail_together(tmp_path: Path) -> None:
+    """If one of `n` fails, so does the whole, and none is left running."""
+    left = iter([None, Fault(kind=FaultKind.BREAK, after_tokens=2)])
+    async with stage(tmp_path, fault=lambda _: next(left, None)) as scene:
         answer = await scene.client().post({**HELLO, "n": 3, "max_tokens": 3_000})
         async with asyncio.timeout(5):
             await scene.pool.gateway.empty.wait()
+    assert answer.status == 502
+
+
+async def test_several_answers_are_admitted_together(tmp_path: Path) -> None:
+    """Where not all of `n` have a place none is admitted: nothing runs, no receipt is left."""
+    settings = MemberSettings(in_flight_max=3)
+    async with stage(tmp_path, member_settings=settings) as scene:
+        first = scene.client()
+        running = asyncio.ensure_future(first.post({**HELLO, "max_tokens": 3_000, "stream": True}))
+        async with asyncio.timeout(5):
+            while not first.sent:
+                await asyncio.sleep(0.005)
+        answer = await scene.client().post({**HELLO, "n": 3})
+        above = await scene.client().post({**HELLO, "n": 4})
+        first.leaving.set()
+        await running
+        assert len(await scene.pool.receipts()) == 1
     assert answer.status == 429
+    assert above.status == 400
+    assert "Send fewer" in above.error["message"]
+
+
+async def test_many_prompts_wait_for_slots(tmp_path: Path) -> None:
+    """PROMPTS_MAX prompts are answered by as many streams at once as there are slots; not one more
+    prompt is taken, nor as many that the member's queue has no room for them."""
+    scenes: list[Stage] = []
+    most: list[int] = []
+
+    def note(_: Call) -> None:
+        most.append(scenes[0].pool.gateway.snapshot().nodes[0].running)
+
+    async with stage(tmp_path, slots=2, fault=note) as scene:
+        scenes.append(scene)
+        body = {"model": "memory", "max_tokens": 3, "prompt": ["hello"] * PROMPTS_MAX}
+        answer = await scene.client().post(body, "/v1/completions")
+        assert answer.status == 200
+        choices = json.loads(answer.body)["choices"]
+        assert [choice["index"] for choice in choices] == list(range(PROMPTS_MAX))
+        for wrong in ({"prompt": ["hello"] * (PROMPTS_MAX + 1)}, {"n": 2}):
+            answer = await scene.client().post({**body, **wrong}, "/v1/completions")
+            assert answer.status == 400
+            assert answer.error["param"] == "prompt"
+    assert len(most) == PROMPTS_MAX
+    assert max(most) == 2
+
+
+async def test_many_inputs_are_embedded_in_batches(tmp_path: Path) -> None:
+    """Up to EMBEDDING_INPUTS_MAX inputs come back in order; an engine gets a batch at a time."""
+    texts = [str(index % 10) for index in range(EMBEDDING_INPUTS_MAX)]
+    async with stage(tmp_path) as scene:
+        body = {"model": "memory", "input": texts}
+        answer = await scene.client().post(body, "/v1/embeddings")
+        short = await scene.client().post({**body, "input": texts[-3:]}, "/v1/embeddings")
+        above = await scene.client().post({**body, "input": [*texts, "x"]}, "/v1/embeddings")
+        receipts = await scene.pool.receipts()
+    rows = json.loads(answer.body)["data"]
+    assert [row["index"] for row in rows] == list(range(EMBEDDING_INPUTS_MAX))
+    ends = [row["embedding"] for row in json.loads(short.body)["data"]]
+    assert [row["embedding"] for row in rows[-3:]] == ends
+    names = {receipt.request for receipt in receipts}
+    of_many = {name for name in names if name.startswith(answer.headers["x-request-id"])}
+    assert len(of_many) == EMBEDDING_INPUTS_MAX / EMBEDDING_BATCH_MAX
+    tokens = sum(each.usage.prompt_tokens for each in receipts if each.request in of_many)
+    assert json.loads(answer.body)["usage"]["prompt_tokens"] == tokens
+    assert above.status == 400
+    assert above.error["param"] == "input"
+
+
+async def test_batches_need_their_places_first(tmp_path: Path) -> None:
+    """Where a member's queue is shorter than the batches of its inputs, none is embedded."""
+    async with stage(tmp_path, member_settings=MemberSettings(queued_max=1)) as scene:
+        body = {"model": "memory", "input": ["hello"] * (EMBEDDING_BATCH_MAX + 1)}
+        answer = await scene.client().post(body, "/v1/embeddings")
+        assert await scene.pool.receipts() == []
+    assert answer.status == 400
+    assert "Send fewer" in answer.error["message"]
 
 
 async def test_more_answers_than_slots_wait_their_turn(tmp_path: Path) -> None:
@@ -310,13 +449,13 @@ async def test_a_client_that_gives_no_answer_to_read_is_no_error(tmp_path: Path)
 async def test_models_that_are_and_are_not(tmp_path: Path) -> None:
     """A model is served, or known without a node, or unknown with near names."""
     async with stage(tmp_path) as scene:
-        assert served(scene.services, "memory").model == "memory"
+        assert served(scene.services, "memory", Ability.CHAT).model == "memory"
         with pytest.raises(ModelNotFound, match="Near names: memory"):
-            served(scene.services, "memori")
+            served(scene.services, "memori", Ability.CHAT)
         with pytest.raises(ModelNotFound):
-            served(scene.services, "x" * 100_000)
+            served(scene.services, "x" * 100_000, Ability.CHAT)
         with pytest.raises(NoNode):
-            served(scene.services, "smollm2-135m-instruct")
+            served(scene.services, "smollm2-135m-instruct", Ability.CHAT)
 
 
 async def test_every_address_answers(tmp_path: Path) -> None:

@@ -181,6 +181,7 @@ DANGEROUS = (
     " kv_transfer_params grammar chat_template prompt_logprobs add_generation_prompt provider"
     " model_kwargs return_token_ids stop_token_ids ignore_eos n_keep t_max_predict_ms"
     " mm_processor_kwargs bootstrap_host rid session_params web_search_options functions audio"
+    " function_call"
 ).split()
 
 
@@ -191,6 +192,35 @@ def test_unknown_fields_are_refused_by_name(name: str, ask: Callable[..., object
     with pytest.raises(UnknownField) as caught:
         ask(**{name: 1})
     assert caught.value.param == name
+
+
+@pytest.mark.parametrize("name", DANGEROUS)
+@pytest.mark.parametrize("ask", [chat, completion])
+def test_null_is_no_field(name: str, ask: Callable[..., object]) -> None:
+    """Clients that write every field they know as null are understood: it is as if not there."""
+    assert ask(**{name: None}) == ask()
+
+
+def test_null_is_no_value_of_a_required_field() -> None:
+    """A required field that is null is missing, and named."""
+    with pytest.raises(InvalidField, match="`messages` is required") as caught:
+        chat(messages=None)
+    assert caught.value.param == "messages"
+
+
+@pytest.mark.parametrize(
+    ("fields", "sentence"),
+    [
+        ({"metadata": {"a": 1}}, "`metadata`: expected string, got integer as a value."),
+        ({"logit_bias": {"1": "x"}}, "`logit_bias`: expected number, got string as a value."),
+    ],
+)
+def test_a_wrong_value_in_a_map_names_the_map(fields: dict[str, object], sentence: str) -> None:
+    """A fault of one of a map's values is told with the map's own name, as `param`, too."""
+    with pytest.raises(InvalidField) as caught:
+        chat(**fields)
+    assert caught.value.message == sentence
+    assert caught.value.param == next(iter(fields))
 
 
 def test_unknown_fields_deep_inside_are_refused() -> None:
@@ -217,7 +247,6 @@ def test_unknown_fields_are_dropped_on_wish() -> None:
         "tools": [{**tool(), "function": {"name": "f", "url": "http://x"}}],
     }
     fields = check_fields(body, ChatFields, drop_unknown=True)
-    assert body.keys() == {"model", "messages", "tools"}
     assert [engine_message(message) for message in fields.messages] == [
         HELLO,
         {"role": "user", "content": "x"},
@@ -297,6 +326,39 @@ def test_messages_become_plain_text() -> None:
         {"role": "assistant", "content": "no"},
         {"role": "assistant", "content": "never"},
     ]
+
+
+@pytest.mark.parametrize(
+    ("more", "sent"),
+    [
+        ({"content": None}, {"content": ""}),
+        ({}, {"content": ""}),
+        ({"content": ""}, {"content": ""}),
+        ({"content": None, "tool_calls": []}, {"content": ""}),
+        (
+            {"content": None, "reasoning_content": "hm"},
+            {"content": "", "reasoning_content": "hm", "reasoning": "hm"},
+        ),
+        (
+            {"reasoning": "hm", "reasoning_details": [{}]},
+            {"content": "", "reasoning_content": "hm", "reasoning": "hm"},
+        ),
+    ],
+)
+def test_an_answer_without_text_may_come_back(
+    more: dict[str, object], sent: dict[str, object]
+) -> None:
+    """Streams begin with null for content, and some answers are all reasoning: they are empty."""
+    (message,) = chat(messages=[{"role": "assistant", **more}]).messages
+    assert engine_message(message) == {"role": "assistant", **sent}
+
+
+def test_what_other_stacks_add_is_passed_over() -> None:
+    """An identifier of a message and a mark for caches are read, and reach no engine."""
+    part = {"type": "text", "text": "x", "cache_control": {"type": "ephemeral"}}
+    for role in ("system", "user", "assistant"):
+        (message,) = chat(messages=[{"role": role, "id": "msg_1", "content": [part]}]).messages
+        assert engine_message(message) == {"role": role, "content": "x"}
 
 
 def test_tools_and_choice_reach_the_engine() -> None:

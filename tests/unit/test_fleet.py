@@ -18,6 +18,7 @@ from anser.core.fleet import (
     HealthRules,
     Node,
     NodeState,
+    Resumed,
     ServedModel,
     Silent,
     StreamFailed,
@@ -222,6 +223,15 @@ def test_a_drained_node_has_no_slots() -> None:
     """Draining wins over everything else."""
     health = after(Answered(), Drained(), StreamFinished(), Answered())
     assert (health.state, health.slots(4)) == (NodeState.DRAINING, 0)
+
+
+def test_a_resumed_node_is_as_well_as_it_was() -> None:
+    """Resuming ends the draining and nothing else: what was seen meanwhile counts."""
+    assert after(Resumed()).state is NodeState.STARTING
+    health = after(Answered(), Drained(), Resumed())
+    assert (health.state, health.slots(4)) == (NodeState.UP, 4)
+    after(Drained(), *[StreamFailed()] * 3, Resumed(), health=health)
+    assert (health.state, health.slots(4)) == (NodeState.SUSPECT, 0)
 
 
 def test_failures_in_a_row_open_the_breaker() -> None:

@@ -80,7 +80,7 @@ async def test_an_answer_ends_once_and_leaves_its_receipt() -> None:
     async with open_pool({"a": engine()}) as pool:
         async with pool.gateway.answer(demand()) as answer:
             assert answer.node == "a"
-            assert answer.limits["x-ratelimit-remaining-requests"] == "63"
+            assert answer.limits["x-ratelimit-remaining-requests"] == "511"
             pieces = [piece async for piece in answer]
             usage = answer.usage
         assert len(words(pieces).split()) == 5

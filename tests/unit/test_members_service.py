@@ -6,7 +6,7 @@ import pytest
 
 from anser.adapters.memory import MemoryClock, MemoryStore
 from anser.config import MemberSettings
-from anser.core.errors import Conflict, LimitReached, NotFound, Unauthenticated
+from anser.core.errors import Conflict, InvalidField, LimitReached, NotFound, Unauthenticated
 from anser.core.members import ANONYMOUS, Limits, Scope
 from anser.services.members import ANONYMOUS_KEY, OWNER, Members
 
@@ -134,6 +134,38 @@ async def test_weights_are_told_to_who_listens() -> None:
     assert heard["lab"] == 3_000
 
 
+async def test_a_changed_member_is_told_and_stored() -> None:
+    """Weight and limits change one by one; what is not named stays, also after a restart."""
+    store = MemoryStore()
+    members = await opened(store=store)
+    heard: dict[str, int] = {}
+    members.subscribe(heard.__setitem__)
+    await members.add_member("lab", member_limits=Limits(queued_max=7, tokens_per_day=9))
+    await members.set_member("lab", weight=3_000, changes={"queued_max": None})
+    changed = await members.set_member("lab", changes={"in_flight_max": 2})
+    assert (changed.weight, heard["lab"]) == (3_000, 3_000)
+    assert changed.limits == Limits(in_flight_max=2, tokens_per_day=9)
+    assert changed in (await opened(store=store)).members()
+    with pytest.raises(NotFound):
+        await members.set_member("nobody", changes={})
+    with pytest.raises(Conflict):
+        await members.set_member(ANONYMOUS, weight=1, changes={})
+
+
+async def test_a_changed_limit_holds_for_who_is_at_work() -> None:
+    """It counts what is in flight already, for the member itself and for all below it."""
+    members = await opened()
+    await members.add_member("lab")
+    await members.add_member("lab/a")
+    held = members.reserve("lab/a", prompt_tokens=1, output_tokens_max=1)
+    await members.set_member("lab", changes={"in_flight_max": 1})
+    with pytest.raises(LimitReached):
+        members.reserve("lab/a", prompt_tokens=1, output_tokens_max=1)
+    held.settle(prompt_tokens=1, completion_tokens=1)
+    members.reserve("lab/a", prompt_tokens=1, output_tokens_max=1)
+    members.validate()
+
+
 async def test_the_last_place_is_given_once() -> None:
     """Reserving checks and takes at once: of two requests for the last place one is refused."""
     members = await opened(settings=MemberSettings(in_flight_max=1))
@@ -162,6 +194,52 @@ async def test_a_refusal_takes_nothing_anywhere() -> None:
     members.validate()
 
 
+async def test_several_places_are_taken_together_or_not_at_all() -> None:
+    """A request of several answers has all of its places, with their tokens, or none."""
+    members = await opened(settings=MemberSettings(in_flight_max=3, tokens_per_minute=1_000))
+    one = members.reserve(OWNER, prompt_tokens=100, output_tokens_max=0)
+    before = members.limits_left(OWNER)
+    for _ in range(3):
+        with pytest.raises(LimitReached, match="in flight"):
+            members.reserve_all(OWNER, [(10, 0)] * 3)
+        assert members.limits_left(OWNER) == before
+    one.settle(prompt_tokens=100, completion_tokens=0)
+    places = members.reserve_all(OWNER, [(10, 0), (20, 30), (10, 0)])
+    assert [place.tokens for place in places] == [10, 50, 10]
+    left = members.limits_left(OWNER)
+    assert left["x-ratelimit-remaining-requests"] == "0"
+    assert left["x-ratelimit-remaining-tokens"] == str(1_000 - 100 - 70)
+    for place in places:
+        place.withdraw()
+        place.withdraw()
+    assert members.limits_left(OWNER)["x-ratelimit-remaining-tokens"] == "900"
+    members.validate()
+
+
+async def test_several_answers_fit_a_token_limit_as_one_request() -> None:
+    """Answers that exceed a token limit together fit when it is full, as one long answer does."""
+    members = await opened(settings=MemberSettings(tokens_per_minute=100))
+    members.reserve_all(OWNER, [(80, 0), (80, 0)])
+    with pytest.raises(LimitReached, match="about 2 ") as refused:
+        members.reserve_all(OWNER, [(1, 0), (1, 0)])
+    assert refused.value.retry_after_s == pytest.approx(62 * 60 / 100)
+
+
+async def test_more_places_than_there_ever_are_is_a_wrong_field() -> None:
+    """What waiting cannot mend is not called a limit reached, whoever's limit on the path it is."""
+    members = await opened()
+    await members.add_member("lab", member_limits=Limits(in_flight_max=2))
+    await members.add_member("lab/a")
+    held = members.reserve("lab/a", prompt_tokens=1, output_tokens_max=1)
+    with pytest.raises(InvalidField) as refused:
+        members.reserve_all("lab/a", [(1, 1)] * 3, param="n")
+    assert refused.value.param == "n"
+    with pytest.raises(LimitReached):
+        members.reserve_all("lab/a", [(1, 1)] * 2)
+    held.settle(prompt_tokens=1, completion_tokens=1)
+    assert len(members.reserve_all("lab/a", [(1, 1)] * 2)) == 2
+
+
 async def test_waiting_places_are_freed_by_starting_and_taken_by_a_retry() -> None:
     """The queue's limit counts who waits, not who runs."""
     members = await opened(settings=MemberSettings(queued_max=1))
@@ -179,6 +257,66 @@ async def test_waiting_places_are_freed_by_starting_and_taken_by_a_retry() -> No
     members.validate()
 
 
+async def test_by_default_waiting_ends_at_its_own_limit() -> None:
+    """Whatever runs, `queued_max` more may wait, and not one above; so both limits are met."""
+    settings = MemberSettings()
+    members = await opened(settings=settings)
+    for _ in range(settings.in_flight_max - settings.queued_max):
+        members.reserve(OWNER, prompt_tokens=1, output_tokens_max=1).started()
+    for _ in range(settings.queued_max - 1):
+        members.reserve(OWNER, prompt_tokens=1, output_tokens_max=1)
+    last = members.reserve(OWNER, prompt_tokens=1, output_tokens_max=1)
+    with pytest.raises(LimitReached, match="in flight") as refused:
+        members.reserve(OWNER, prompt_tokens=1, output_tokens_max=1)
+    assert refused.value.retry_after_s
+    last.settle(prompt_tokens=0, completion_tokens=0)
+    held = members.reserve(OWNER, prompt_tokens=1, output_tokens_max=1)
+    held.withdraw()
+    members.validate()
+
+
+async def test_waiting_is_refused_while_few_run() -> None:
+    """With a few requests running, the member's queue is refused at its limit, no earlier."""
+    settings = MemberSettings()
+    members = await opened(settings=settings)
+    for _ in range(4):
+        members.reserve(OWNER, prompt_tokens=1, output_tokens_max=1).started()
+    for _ in range(settings.queued_max):
+        members.reserve(OWNER, prompt_tokens=1, output_tokens_max=1)
+    with pytest.raises(LimitReached, match="waiting, the most") as refused:
+        members.reserve(OWNER, prompt_tokens=1, output_tokens_max=1)
+    assert refused.value.retry_after_s
+    members.validate()
+
+
+async def test_places_are_taken_together_or_not_at_all() -> None:
+    """Of several places either all are taken, or none; given back, none is lost."""
+    members = await opened(settings=MemberSettings(queued_max=3, tokens_per_minute=1_000))
+    places = members.reserve_all(OWNER, [(10, 10)] * 2)
+    with pytest.raises(LimitReached, match="waiting"):
+        members.reserve_all(OWNER, [(10, 10)] * 2)
+    places += members.reserve_all(OWNER, [(10, 10)])
+    for place in places:
+        place.withdraw()
+        place.withdraw()
+        place.settle(prompt_tokens=10, completion_tokens=10)
+    (again, *_) = members.reserve_all(OWNER, [(0, 1_000)] * 3)
+    assert again.headers()["x-ratelimit-remaining-tokens"] == str(1_000 - 3 * 256)
+    members.validate()
+
+
+@pytest.mark.parametrize(
+    "most", [MemberSettings(queued_max=3), MemberSettings(in_flight_max=3)], ids=repr
+)
+async def test_more_places_than_a_member_has_are_a_mistake(most: MemberSettings) -> None:
+    """What no waiting could make fit is not the 429 that clients try again, but a 400."""
+    members = await opened(settings=most)
+    with pytest.raises(InvalidField, match="may have 3 requests waiting") as refused:
+        members.reserve_all(OWNER, [(1, 1)] * 4)
+    assert refused.value.status == 400
+    assert len(members.reserve_all(OWNER, [(1, 1)] * 3)) == 3
+
+
 async def test_tokens_are_taken_by_estimate_and_settled_by_fact() -> None:
     """A short answer gives back what was reserved; the headers tell what is left."""
     members = await opened(settings=MemberSettings(tokens_per_minute=1_000))
@@ -189,7 +327,7 @@ async def test_tokens_are_taken_by_estimate_and_settled_by_fact() -> None:
     assert after.headers()["x-ratelimit-remaining-tokens"] == "890"
     assert after.headers()["x-ratelimit-limit-tokens"] == "1000"
     assert after.headers()["x-ratelimit-reset-tokens"] == "6.600s"
-    assert after.headers()["x-ratelimit-remaining-requests"] == "63"
+    assert after.headers()["x-ratelimit-remaining-requests"] == "511"
 
 
 async def test_the_usual_answer_is_learnt() -> None:
@@ -231,7 +369,7 @@ async def test_idle_buckets_leave_nothing_behind() -> None:
     for each in held:
         each.settle(prompt_tokens=1, completion_tokens=1)
     assert "open=1>" in repr(members)  # the anonymous organisation itself
-    for _ in range(64):
+    for _ in range(MemberSettings().queued_max):
         members.reserve("anonymous/bucket-1", prompt_tokens=1, output_tokens_max=1)
     with pytest.raises(LimitReached, match="Anonymous use from your network"):
         members.reserve("anonymous/bucket-1", prompt_tokens=1, output_tokens_max=1)

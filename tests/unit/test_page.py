@@ -25,7 +25,9 @@ from anser.adapters.memory_engine import MemoryEngine
 from anser.api import page
 from anser.config import Config
 from anser.core.errors import AnserError
-from anser.core.fleet import EngineKind, Node, NodeState
+from anser.core.fleet import Ability, EngineKind, Node, NodeState, Offer
+from anser.services.fleet import NodeStatus
+from anser.services.pool import ModelView, NodeView, PoolView
 
 HOSTILE = "<img src=x onerror=alert(1)>\"'</script><script>alert(2)</script>{{ 7*7 }}"
 URLS = ("href", "src", "action", "data")
@@ -51,18 +53,34 @@ class Outline(HTMLParser):
         return [values[name] for _, values in self.elements if name in values]
 
 
+def node_view(
+    name: str, state: NodeState = NodeState.UP, *, slots: int | None = None, busy: int = 0
+) -> NodeView:
+    """A node with an engine that serves one model."""
+    offer = Offer(node=name, model=name, engine_model=name, engine=EngineKind.LLAMACPP)
+    status = NodeStatus(
+        node=Node(id=name, url="http://gpu"),
+        state=state,
+        kind=None if slots is None else EngineKind.LLAMACPP,
+        slots=slots,
+        offers=(offer,),
+    )
+    return NodeView(status=status, busy=busy)
+
+
+def open_page(*models: ModelView) -> str:
+    """The first page of a pool with these models, for anybody, in English."""
+    visit = page.Visit(language="en", origin="http://localhost", open=True)
+    return page.render_front(visit, PoolView(models=models))
+
+
 def front(
     *, name: str = "smollm2-135m-instruct", language: str = "en", anonymous: bool = True
 ) -> str:
     """The first page of a pool of two nodes, one of which still starts."""
-    pool = page.PoolView(
-        nodes=(
-            page.NodeView(
-                id=name, state=NodeState.UP, engine=EngineKind.LLAMACPP, slots=4, running=1
-            ),
-            page.NodeView(id="b", state=NodeState.STARTING, engine=None, slots=0, running=0),
-        ),
-        models=(page.ModelView(id=name, nodes=1, context_tokens=4_096, ready=True),),
+    pool = PoolView(
+        nodes=(node_view(name, slots=4, busy=1), node_view("b", NodeState.STARTING)),
+        models=(ModelView(id=name, nodes=1, nodes_ready=1, context_tokens=4_096),),
         queued=2,
         running=1,
         tokens_per_s=12.34,
@@ -327,14 +345,45 @@ def test_pages_are_for_browsers(path: str, accept: str, *, wanted: bool) -> None
     assert page.wants_page(path, Headers({"accept": accept})) is wanted
 
 
-def test_a_model_that_answers_comes_first() -> None:
-    """What is offered to copy and chosen to ask is a model that some node serves now."""
-    away = page.ModelView(id="a-away", nodes=1, context_tokens=None, ready=False)
-    here = page.ModelView(id="b-here", nodes=1, context_tokens=None, ready=True)
+def test_a_model_that_can_be_talked_to_now_is_chosen() -> None:
+    """Chosen is what answers now, the platform's own model before the alphabet; never embeddings.
+
+    What only makes embeddings is no choice at all; what is away is one, but cannot be taken.
+    """
+    away = ModelView(id="a-away", nodes=1, nodes_ready=0)
+    embeds = ModelView(id="all-minilm", nodes=1, nodes_ready=1, ability=Ability.EMBEDDINGS)
+    here = ModelView(id="b-here", nodes=1, nodes_ready=1)
+    own = ModelView(id="c-own", nodes=1, nodes_ready=1, own=True)
+    html = open_page(embeds, here, own, away)
+    assert '<option value="c-own" selected>c-own</option>' in html
+    assert "c-own" in snippet(html, "curl")
+    assert '<option value="a-away" disabled>a-away (not available now)</option>' in html
+    assert 'value="all-minilm"' not in html
+    assert "embeddings · on one node" in Outline(html).texts
+    assert '<option value="b-here" selected>' in open_page(embeds, here, away)
+    assert "MODEL" in snippet(open_page(embeds), "python")
+
+
+def test_dead_nodes_count_for_nothing() -> None:
+    """Slots and ready nodes are those of nodes that are up; a model of a dead one says so."""
+    nodes = (node_view("up", slots=2), node_view("gone", NodeState.DOWN, slots=8))
+    pool = PoolView(nodes=nodes, models=(ModelView(id="m", nodes=1, nodes_ready=0),))
     visit = page.Visit(language="en", origin="http://localhost", open=True)
-    html = page.render_front(visit, page.PoolView(models=(away, here)))
-    assert "b-here" in snippet(html, "curl")
-    assert "<option selected>b-here</option>" in html
+    html = page.render_front(visit, pool)
+    assert '<span id="running-of">of 2</span>' in html
+    assert '<b id="ready">1</b>' in html
+    assert '<li class="model" data-ready="no">' in html
+    assert "not available now" in Outline(html).texts
+
+
+def test_many_models_are_folded() -> None:
+    """Eight models are seen at once, the others behind a fold that says how many they are."""
+    eight = open_page(*[ModelView(id=f"m{i}", nodes=1, nodes_ready=1) for i in range(8)])
+    ten = open_page(*[ModelView(id=f"m{i}", nodes=2, nodes_ready=2) for i in range(10)])
+    assert '<details id="fold" hidden>' in eight
+    assert '<details id="fold">' in ten
+    assert '<summary id="fold-count">2 more</summary>' in ten
+    assert ten.partition('id="fold"')[2].count('data-ready="yes"') == 2
 
 
 @pytest.mark.anyio
@@ -365,9 +414,9 @@ async def test_the_page_shows_the_platforms_own_state(data_dir: Path) -> None:
 
 def test_a_large_pool_stays_a_small_page() -> None:
     """Of thousands of nodes and models the first are shown, and how many more there are."""
-    node = page.NodeView(id="n", state=NodeState.UP, engine=None, slots=100_000, running=9)
-    model = page.ModelView(id="m", nodes=1, context_tokens=None, ready=True)
-    pool = page.PoolView(nodes=(node,) * 4_096, models=(model,) * 5_000)
+    node = node_view("n", slots=100_000, busy=9)
+    model = ModelView(id="m", nodes=1, nodes_ready=1)
+    pool = PoolView(nodes=(node,) * 4_096, models=(model,) * 5_000)
     visit = page.Visit(language="en", origin="http://localhost", open=True)
     html = page.render_front(visit, pool)
     assert html.count('<li class="node"') == 40 + 1  # the template
@@ -377,10 +426,10 @@ def test_a_large_pool_stays_a_small_page() -> None:
 
 
 def test_the_limits_of_lists_agree() -> None:
-    """The browser shows as many rows and geese as the server."""
+    """The browser shows as many rows and geese, and folds away as much, as the server."""
     script = page.static_files()["pool.js"].decode()
     source = files("anser.api").joinpath("page.py").read_text()
-    for name in ("ROWS_MAX", "GEESE_MAX"):
+    for name in ("ROWS_MAX", "GEESE_MAX", "FOLD"):
         numbers = re.findall(rf"\b_?{name} = (\d+)", script + source)
         assert len(numbers) == 2
         assert len(set(numbers)) == 1

@@ -3,7 +3,9 @@
 Theory of operation. Every engine lists its models at /v1/models; who it is stands in `owned_by`.
 Where that tells nothing, a few questions are asked that only one kind of engine answers. Then the
 kind's own questions are asked for slots and context. Nothing is guessed from names: what is not
-told stays `None`, or unflagged. Answers are strangers' JSON: of any shape, and read with care.
+told stays `None`, and a model of which nobody tells what it does may be asked for anything. What
+neither lists models nor answers a kind's questions is some web server, and no engine. Answers are
+strangers' JSON: of any shape, and read with care.
 
 Where it is written: vLLM and SGLang give `max_model_len` in the list; llama.cpp tells slots and
 context in /props; Ollama's effective context is known only for models that are loaded (/api/ps),
@@ -16,7 +18,8 @@ from collections.abc import Awaitable, Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import cast
 
-from anser.core.fleet import EngineKind, EngineReport, ServedModel
+from anser.core.errors import EngineBroken
+from anser.core.fleet import Ability, EngineKind, EngineReport, ServedModel
 from anser.core.limits import MODEL_NAME_CHARS_MAX, NODE_MODELS_MAX, NODE_SLOTS_MAX
 
 __all__ = ["Ask", "inspect"]
@@ -34,6 +37,9 @@ _OWNERS = {
     "lmdeploy": EngineKind.LMDEPLOY,
     "mindie server": EngineKind.MINDIE,
 }
+_RECOGNISED = (EngineKind.OLLAMA, EngineKind.TGI, EngineKind.LLAMACPP)  # by their own answers
+_GENERATES = {"completion", "completions", "chat", "generate", "text-generation"}
+_EMBEDS = {"embedding", "embeddings"}
 _CONTEXT_FIELDS = ("max_model_len", "context_length", "context_window", "max_context_length")
 
 
@@ -45,13 +51,13 @@ class _Found:
     slots: int | None = None
     context: int | None = None  # of every model
     contexts: Mapping[str, int] = field(default_factory=dict[str, int])
-    embeddings: frozenset[str] | None = None  # names of models; None: not told
+    abilities: Mapping[str, Ability] = field(default_factory=dict[str, Ability])  # if told
 
 
 async def inspect(listed: object, ask: Ask, known: EngineKind | None = None) -> EngineReport:
     """What the engine is that has given `listed` as its models (None: it has no such list).
 
-    `known` is what it was found to be before.
+    `known` is what it was found to be before. Raises EngineBroken for what is no engine.
     """
     rows = list(_rows(listed))
     owner = _owner(rows)
@@ -61,6 +67,8 @@ async def inspect(listed: object, ask: Ask, known: EngineKind | None = None) -> 
         found = await questions(ask, rows)
     if kind is None or (owner is None and questions is not None and found is None):
         kind, found = await _search(ask, rows)
+    if kind not in _RECOGNISED and not isinstance(_get(listed, "data"), list):
+        raise EngineBroken("It is no OpenAI-compatible engine: it gives no list at /v1/models.")
     found = found or _Found()
     models = [_model(row, found) for row in rows]
     return EngineReport(
@@ -69,7 +77,7 @@ async def inspect(listed: object, ask: Ask, known: EngineKind | None = None) -> 
 
 
 async def _search(ask: Ask, rows: list[_Row]) -> tuple[EngineKind, _Found | None]:
-    for kind in (EngineKind.OLLAMA, EngineKind.TGI, EngineKind.LLAMACPP):
+    for kind in _RECOGNISED:
         found = await _QUESTIONS[kind](ask, rows)
         if found is not None:
             return kind, found
@@ -103,20 +111,20 @@ def _owner(rows: list[_Row]) -> EngineKind | None:
 
 def _model(row: _Row, found: _Found) -> ServedModel:
     name = str(row["id"])
-    told = (_count(row.get(key), _CONTEXT_MAX) for key in _CONTEXT_FIELDS)
-    context = found.contexts.get(name) or found.context or next((n for n in told if n), None)
-    if found.embeddings is not None:
-        embeddings = name in found.embeddings
-    else:
-        embeddings = _embeds(row.get("capabilities")) or _embeds([row.get("type"), row.get("task")])
-    return ServedModel(name=name, context_tokens=context, embeddings=embeddings)
+    counts = (_count(row.get(key), _CONTEXT_MAX) for key in _CONTEXT_FIELDS)
+    context = found.contexts.get(name) or found.context or next((n for n in counts if n), None)
+    told = _items(row.get("capabilities")) or [row.get("type"), row.get("task")]
+    return ServedModel(
+        name=name, context_tokens=context, ability=found.abilities.get(name) or _ability(told)
+    )
 
 
-def _embeds(told: object) -> bool:
-    """Whether a list of abilities names embeddings, and no generation beside it."""
+def _ability(told: object) -> Ability:
+    """What a list of words says that a model can do; all, where it says nothing of it."""
     words = {str(word).lower() for word in _items(told)}
-    makes = {"completion", "completions", "chat", "generate", "text-generation"}
-    return bool(words & {"embedding", "embeddings"}) and not words & makes
+    chat = Ability.CHAT if words & _GENERATES else Ability(0)
+    embeddings = Ability.EMBEDDINGS if words & _EMBEDS else Ability(0)
+    return chat | embeddings or Ability.BOTH
 
 
 # Each kind's own questions: None when it is not of that kind
@@ -148,11 +156,12 @@ async def _sglang(ask: Ask, rows: list[_Row]) -> _Found | None:
     running = _get(states[0], "effective_max_running_requests_per_dp") if states else None
     slots = _count(_get(info, "max_running_requests"), NODE_SLOTS_MAX)
     generates = _get(await ask("/get_model_info"), "is_generation")
-    names = frozenset(str(row["id"]) for row in rows)
+    told = {True: Ability.CHAT, False: Ability.EMBEDDINGS}
+    ability = told[generates] if isinstance(generates, bool) else Ability.BOTH
     return _Found(
         version=_word(_get(info, "version")),
         slots=_count(running, NODE_SLOTS_MAX) or slots,
-        embeddings=names if generates is False else None,
+        abilities={str(row["id"]): ability for row in rows},
     )
 
 
@@ -161,17 +170,18 @@ async def _ollama(ask: Ask, rows: list[_Row]) -> _Found | None:
     version = _word(_get(await ask("/api/version"), "version"))
     if version is None:
         return None
-    embeddings: set[str] = set()
+    abilities: dict[str, Ability] = {}
     for tag in _items(_get(await ask("/api/tags"), "models"))[:NODE_MODELS_MAX]:
         family = _get(_get(tag, "details"), "family")
-        if _embeds(_get(tag, "capabilities")) or (isinstance(family, str) and "bert" in family):
-            embeddings.add(str(_get(tag, "name")))
+        embeds = isinstance(family, str) and "bert" in family  # older ones tell no more
+        if embeds or _ability(_get(tag, "capabilities")) is Ability.EMBEDDINGS:
+            abilities[str(_get(tag, "name"))] = Ability.EMBEDDINGS
     contexts: dict[str, int] = {}
     for loaded in _items(_get(await ask("/api/ps"), "models"))[:NODE_MODELS_MAX]:
         context = _count(_get(loaded, "context_length"), _CONTEXT_MAX)
         if context is not None:
             contexts[str(_get(loaded, "name"))] = context
-    return _Found(version=version, contexts=contexts, embeddings=frozenset(embeddings))
+    return _Found(version=version, contexts=contexts, abilities=abilities)
 
 
 async def _tgi(ask: Ask, rows: list[_Row]) -> _Found | None:

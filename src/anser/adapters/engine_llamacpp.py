@@ -147,9 +147,7 @@ class LlamaCppEngine:
             raise self._failure
         if self._native is None:
             raise EngineUnreachable("The model is still being fetched or loaded.")
-        model = ServedModel(
-            name=self._model_id, context_tokens=self._context_tokens, embeddings=True
-        )
+        model = ServedModel(name=self._model_id, context_tokens=self._context_tokens)
         return EngineReport(
             kind=EngineKind.LLAMACPP,
             version=library_version(),

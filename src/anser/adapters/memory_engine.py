@@ -120,7 +120,7 @@ class MemoryEngine:
     async def inspect(self) -> EngineReport:
         """What it serves."""
         self._check_up()
-        model = ServedModel(name=self._model, context_tokens=self._context_tokens, embeddings=True)
+        model = ServedModel(name=self._model, context_tokens=self._context_tokens)
         return EngineReport(
             kind=EngineKind.LLAMACPP, version="memory", models=(model,), slots=self._slots
         )

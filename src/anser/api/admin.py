@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
 from dataclasses import asdict
-from functools import reduce
-from typing import Annotated, Literal, cast
+from typing import Annotated, Literal
 
 import msgspec
+from msgspec import UNSET, UnsetType
 from starlette.requests import Request
 from starlette.routing import Route
 
@@ -19,14 +19,24 @@ from anser import __version__
 from anser.api.auth import Doorkeeper
 from anser.api.context import Services
 from anser.api.reply import Handler, json_route, operator_of, query_text, read
-from anser.api.usage import pool, request_of, usage_since
-from anser.config import settings
+from anser.api.usage import node_object, pool, request_of, usage_since
+from anser.config import shown, without_password
 from anser.core.errors import InvalidField
 from anser.core.fleet import Node
 from anser.core.members import Key, Limits, Member, Scope
-from anser.services.fleet import NodeStatus
+from anser.services.pool import NodeView, view_of
 
-__all__ = ["PATHS", "KeyBody", "LimitsBody", "MemberBody", "NodeBody", "Nothing", "routes"]
+__all__ = [
+    "PATHS",
+    "KeyBody",
+    "LimitsBody",
+    "LimitsChange",
+    "MemberBody",
+    "MemberChange",
+    "NodeBody",
+    "Nothing",
+    "routes",
+]
 
 _Count = Annotated[int, msgspec.Meta(ge=1, le=10**15)]
 _Weight = Annotated[int, msgspec.Meta(ge=1, le=10**9)]
@@ -50,6 +60,23 @@ class MemberBody(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     id: _Name
     weight: _Weight = 1_000
     limits: LimitsBody = LimitsBody()
+
+
+class LimitsChange(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The limits to change; null takes one away, and what is left out stays."""
+
+    in_flight_max: _Count | UnsetType | None = UNSET
+    queued_max: _Count | UnsetType | None = UNSET
+    tokens_per_minute: _Count | UnsetType | None = UNSET
+    tokens_per_day: _Count | UnsetType | None = UNSET
+
+
+class MemberChange(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What to change of a member; weight in thousandths."""
+
+    id: _Name
+    weight: _Weight | None = None
+    limits: LimitsChange = LimitsChange()
 
 
 class KeyBody(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -94,6 +121,15 @@ class _Admin:
         )
         return _member(added)
 
+    async def set_member(self, request: Request) -> object:
+        body = await read(request, MemberChange)
+        named = msgspec.structs.asdict(body.limits).items()
+        changes = {limit: most for limit, most in named if most is not UNSET}
+        changed = await self._services.members.set_member(
+            body.id, weight=body.weight, changes=changes
+        )
+        return _member(changed)
+
     async def list_keys(self, request: Request) -> object:
         keys = self._services.members.keys(query_text(request, "member"))
         return {"keys": [_key(key) for key in keys]}
@@ -111,7 +147,7 @@ class _Admin:
         return _key(await self._services.members.revoke_key(request.path_params["key"]))
 
     async def list_nodes(self, _: Request) -> object:
-        return {"nodes": [self._node(status) for status in self._services.fleet.statuses()]}
+        return {"nodes": list(self._nodes().values())}
 
     async def add_node(self, request: Request) -> object:
         body = await read(request, NodeBody)
@@ -123,13 +159,20 @@ class _Admin:
             key_file=body.key_file,
             jurisdiction=body.jurisdiction,
         )
-        return self._node(await self._services.fleet.add(node))
+        added = await self._services.fleet.add(node)
+        return self._nodes()[added.node.id]
 
     async def drain_node(self, request: Request) -> object:
         await read(request, Nothing)
         node = str(request.path_params["node"])
         await self._services.fleet.drain(node)
-        return self._node(self._services.fleet.status(node))
+        return self._nodes()[node]
+
+    async def resume_node(self, request: Request) -> object:
+        await read(request, Nothing)
+        node = str(request.path_params["node"])
+        await self._services.fleet.resume(node)
+        return self._nodes()[node]
 
     async def remove_node(self, request: Request) -> object:
         node = str(request.path_params["node"])
@@ -158,12 +201,7 @@ class _Admin:
         return {"mirrors": [{"name": name, "trouble": seen[name]} for name in seen]}
 
     async def config(self, _: Request) -> object:
-        rows: list[dict[str, object]] = []
-        for setting in settings():
-            value = reduce(getattr, setting.path.split("."), self._services.config)
-            row = {"path": setting.path, "value": _plain(value), "default": setting.default}
-            rows.append({**row, "meaning": setting.doc})
-        return {"settings": rows}
+        return shown(self._services.loaded)
 
     def _engine(self) -> dict[str, object] | None:
         """The model that runs in this process, and its file once it is there."""
@@ -178,35 +216,23 @@ class _Admin:
             "size_bytes": model.file.size_bytes,
         }
 
-    def _node(self, status: NodeStatus) -> dict[str, object]:
-        node = status.node
-        running = {row.node: row.running for row in self._services.gateway.snapshot().nodes}
-        return {
-            "id": node.id,
-            "url": _without_password(node.url),
-            "state": status.state.value,
-            "engine": None if status.kind is None else status.kind.value,
-            "version": status.version,
-            "models": sorted({offer.model for offer in status.offers}),
-            "slots": status.slots,
-            "busy": running.get(node.id, 0),
-            "model": node.model,
-            "key_file": node.key_file,
-            "jurisdiction": node.jurisdiction,
-            "error": status.error,
-        }
+    def _nodes(self) -> dict[str, dict[str, object]]:
+        views = view_of(self._services.fleet, self._services.gateway).nodes
+        return {view.status.node.id: _node(view) for view in views}
 
 
 _Handler = Callable[[_Admin, Request], Awaitable[object]]
 _TABLE: tuple[tuple[str, str, _Handler], ...] = (
     ("GET", "/admin/v1/members", _Admin.list_members),
     ("POST", "/admin/v1/members", _Admin.add_member),
+    ("PATCH", "/admin/v1/members", _Admin.set_member),
     ("GET", "/admin/v1/keys", _Admin.list_keys),
     ("POST", "/admin/v1/keys", _Admin.create_key),
     ("DELETE", "/admin/v1/keys/{key}", _Admin.revoke_key),
     ("GET", "/admin/v1/nodes", _Admin.list_nodes),
     ("POST", "/admin/v1/nodes", _Admin.add_node),
     ("POST", "/admin/v1/nodes/{node}/drain", _Admin.drain_node),
+    ("POST", "/admin/v1/nodes/{node}/resume", _Admin.resume_node),
     ("DELETE", "/admin/v1/nodes/{node}", _Admin.remove_node),
     ("GET", "/admin/v1/usage", _Admin.usage),
     ("GET", "/admin/v1/receipts/{request}", _Admin.receipt),
@@ -235,6 +261,17 @@ def routes(services: Services, doorkeeper: Doorkeeper) -> list[Route]:
     return [json_route(path, handlers) for path, handlers in table.items()]
 
 
+def _node(view: NodeView) -> dict[str, object]:
+    """A node as its operators see it."""
+    node = view.status.node
+    return node_object(view) | {
+        "url": without_password(node.url),
+        "model": node.model,
+        "key_file": node.key_file,
+        "error": view.status.error,
+    }
+
+
 def _member(member: Member) -> dict[str, object]:
     return {
         "id": member.id,
@@ -254,16 +291,3 @@ def _key(key: Key) -> dict[str, object]:
         "expires_at": key.expires_at,
         "revoked_at": key.revoked_at,
     }
-
-
-def _plain(value: object) -> object:
-    """A setting's value as JSON, without passwords that stand in addresses."""
-    if isinstance(value, tuple):
-        return [_without_password(str(part)) for part in cast("tuple[object, ...]", value)]
-    return value if isinstance(value, (bool, int, float)) else str(value)
-
-
-def _without_password(url: str) -> str:
-    scheme, mark, rest = url.partition("://")
-    place, slash, path = rest.partition("/")
-    return f"{scheme}{mark}{place.rpartition('@')[2]}{slash}{path}" if mark else url

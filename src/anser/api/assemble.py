@@ -10,27 +10,9 @@ from anser.api.logprobs import TextLogprobs
 from anser.core.errors import EngineBroken
 from anser.core.ledger import Usage
 from anser.core.limits import TOOLS_MAX
+from anser.services.chunks import Delta, ToolCall
 
 __all__ = ["ChatChoice", "TextChoice", "usage_object"]
-
-
-class _Function(msgspec.Struct):
-    name: str | None = None
-    arguments: str | None = None
-
-
-class _ToolCall(msgspec.Struct):
-    index: int = 0
-    id: str | None = None
-    function: _Function | None = None
-
-
-class _Delta(msgspec.Struct):
-    content: str | None = None
-    reasoning: str | None = None
-    reasoning_content: str | None = None
-    refusal: str | None = None
-    tool_calls: list[_ToolCall] | None = None
 
 
 class _ChatLogprobs(msgspec.Struct):
@@ -39,7 +21,7 @@ class _ChatLogprobs(msgspec.Struct):
 
 
 class _ChatPart(msgspec.Struct):
-    delta: _Delta | None = None
+    delta: Delta | None = None
     logprobs: _ChatLogprobs | None = None
     finish_reason: str | None = None
 
@@ -105,7 +87,7 @@ class ChatChoice:
             "finish_reason": self._finish,
         }
 
-    def _grow(self, delta: _Delta) -> None:
+    def _grow(self, delta: Delta) -> None:
         for text, parts in (
             (delta.content, self._content),
             (delta.reasoning or delta.reasoning_content, self._reasoning),
@@ -116,7 +98,7 @@ class ChatChoice:
         for piece in delta.tool_calls or ():
             self._grow_call(piece)
 
-    def _grow_call(self, piece: _ToolCall) -> None:
+    def _grow_call(self, piece: ToolCall) -> None:
         if piece.index not in self._calls and len(self._calls) >= TOOLS_MAX:
             raise EngineBroken(f"The engine made more than {TOOLS_MAX} tool calls.")
         call = self._calls.setdefault(piece.index, _Call())

@@ -1,16 +1,17 @@
 """Who is asking: the key in a request's head, the place it came from, and guessing made slow.
 
-Theory of operation. A key is one dict look-up in Members. Guessing is counted by source network
-(IPv4 /24, IPv6 /64): after FAILURES_MAX wrong keys within WINDOW_S every key from there is refused
-alike, right or wrong, so that guessing learns nothing; a key that has been right from the same
-network before goes on being served, so that one guesser locks out nobody who shares its network.
-Addresses are those of the connection: no header that a client could forge is believed. Requests
-without a key are not guesses, and a Unix socket has no network.
+Theory of operation. A key is one dict look-up in Members, and a right one is always let in: it has
+256 random bits, so that no guesser comes near it, and refusing it would only harm its owner. What
+is slowed are wrong keys, counted by source network (IPv4 /24, IPv6 /64): after FAILURES_MAX within
+WINDOW_S the next ones are told to wait. Only what is shaped like a key counts as one; the
+placeholders that clients are given where no key is wanted are wrong, but no guesses. Addresses are
+those of the connection: no header that a client could forge is believed. A Unix socket has no
+network.
 
 A request without a key from a web page of another site is refused: a visitor's browser must not
 spend the machine that it runs on.
 
-Invariants: both tables are bounded, the longest unused entry goes first.
+Invariants: the table is bounded, the longest unused entry goes first.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from starlette.types import Scope as ConnectionScope
 
 from anser.api.exchange import Exchange
 from anser.core.errors import Forbidden, LimitReached, Unauthenticated
-from anser.core.members import Scope
+from anser.core.members import Scope, is_key_shaped
 from anser.ports import Clock
 from anser.services.members import OWNER, Members, Principal
 
@@ -45,7 +46,6 @@ OWN_SOCKET = Principal(member=OWNER, key=None, scope=Scope.OPERATE, anonymous=Fa
 FAILURES_MAX = 20
 WINDOW_S = 60.0
 _NETWORKS_MAX = 4_096
-_FAMILIAR_MAX = 65_536
 
 
 @dataclass(slots=True)
@@ -58,22 +58,18 @@ class _Window:
 
 @dataclass(slots=True)
 class Doorkeeper:
-    """Lets members in, and keeps out whoever tries keys."""
+    """Lets members in, and slows whoever tries keys."""
 
     members: Members
     clock: Clock
     _windows: OrderedDict[str, _Window] = field(default_factory=OrderedDict[str, _Window])
-    _familiar: OrderedDict[tuple[str, str], None] = field(
-        default_factory=OrderedDict[tuple[str, str], None]
-    )
 
     def __repr__(self) -> str:
-        return f"<Doorkeeper networks={len(self._windows)} familiar={len(self._familiar)}>"
+        return f"<Doorkeeper networks={len(self._windows)}>"
 
     def validate(self) -> None:
-        """Assert the invariants: the tables are within their bounds."""
+        """Assert the invariants: the table is within its bounds."""
         assert len(self._windows) <= _NETWORKS_MAX
-        assert len(self._familiar) <= _FAMILIAR_MAX
         assert all(window.failures > 0 for window in self._windows.values())
 
     def admit(self, exchange: Exchange) -> Principal:
@@ -91,49 +87,27 @@ class Doorkeeper:
 
     def authenticate(self, bearer: str | None, *, peer: str) -> Principal:
         """The member that this key opens, asked from `peer`. Raises as `admit` does."""
-        network = network_of(peer)
-        locked = bearer is not None and self._locked(network)
         try:
-            principal = self.members.authenticate(bearer, peer=peer)
+            return self.members.authenticate(bearer, peer=peer)
         except Unauthenticated:
-            if bearer is not None and network:
+            network = network_of(peer)
+            if network and bearer is not None and is_key_shaped(bearer):
                 self._note_failure(network)
-            if locked:
-                raise self._refusal(network) from None
             raise
-        if principal.key is not None and network:
-            if locked and (network, principal.key) not in self._familiar:
-                raise self._refusal(network)
-            self._note_success(network, principal.key)
-        return principal
-
-    def _locked(self, network: str) -> bool:
-        window = self._windows.get(network)
-        if window is None:
-            return False
-        if self.clock.now() - window.opened_at >= WINDOW_S:
-            del self._windows[network]
-            return False
-        return window.failures >= FAILURES_MAX
 
     def _note_failure(self, network: str) -> None:
-        window = self._windows.setdefault(network, _Window(self.clock.now()))
+        """One more wrong key. Raises LimitReached where there have been too many."""
+        now = self.clock.now()
+        window = self._windows.get(network)
+        if window is None or now - window.opened_at >= WINDOW_S:
+            window = self._windows[network] = _Window(now)
         window.failures += 1
         self._windows.move_to_end(network)
         if len(self._windows) > _NETWORKS_MAX:
             self._windows.popitem(last=False)
-
-    def _note_success(self, network: str, key: str) -> None:
-        self._familiar[network, key] = None
-        self._familiar.move_to_end((network, key))
-        if len(self._familiar) > _FAMILIAR_MAX:
-            self._familiar.popitem(last=False)
-
-    def _refusal(self, network: str) -> LimitReached:
-        window = self._windows[network]
-        wait_s = WINDOW_S - (self.clock.now() - window.opened_at)
-        message = "Too many wrong keys from your network; try again later."
-        return LimitReached(message, retry_after_s=wait_s)
+        if window.failures > FAILURES_MAX:
+            message = "Too many wrong keys from your network; try again later."
+            raise LimitReached(message, retry_after_s=WINDOW_S - (now - window.opened_at)) from None
 
 
 def bearer_of(header: Callable[[bytes], str | None]) -> str | None:

@@ -14,6 +14,7 @@ __all__ = ["check_fields"]
 
 _Fields = TypeVar("_Fields", bound=msgspec.Struct)
 
+_ANY_VALUE = "[...]"  # msgspec does not say which
 _DROPPED_MAX = 64  # unknown fields in one body, where they are dropped
 _AT = " - at `"
 _SENTENCE_CHARS_MAX = 200
@@ -30,8 +31,10 @@ def check_fields(
 ) -> _Fields:
     """`body` as `kind`. Raises InvalidField or UnknownField, whose `param` is the field's path.
 
-    With `drop_unknown`, unknown fields are taken out of `body` instead, up to a limit.
+    A field of the body that is null is not there, whatever its name. With `drop_unknown`, unknown
+    fields are taken out instead, up to a limit.
     """
+    body = {name: value for name, value in body.items() if value is not None}
     for _ in range(_DROPPED_MAX if drop_unknown else 0):
         try:
             return msgspec.convert(body, kind)
@@ -68,6 +71,8 @@ def _fault(text: str, path: str) -> RequestError:
         return InvalidField(f"`{path}`: {_wrong_choice(found[1], path)}", param=path)
     if path.startswith("key` in `$."):
         text, path = f"{text} as each key", path.removeprefix("key` in `$.")
+    if path.endswith(_ANY_VALUE):
+        text, path = f"{text} as a value", path.removesuffix(_ANY_VALUE)
     return InvalidField(f"`{path or 'body'}`: {_reworded(text)}.", param=path or None)
 
 

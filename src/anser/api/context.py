@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from anser.config import Config
+from anser.config import Config, Loaded
 from anser.ports import Clock
 from anser.services.fleet import Fleet
 from anser.services.gateway import Gateway
@@ -19,10 +19,15 @@ __all__ = ["Services"]
 class Services:
     """The use cases that the dialects call; one set for each running platform."""
 
-    config: Config
+    loaded: Loaded
     clock: Clock
     members: Members
     fleet: Fleet
     gateway: Gateway
     ledger: Ledger
     hub: Hub
+
+    @property
+    def config(self) -> Config:
+        """The settings in force."""
+        return self.loaded.config

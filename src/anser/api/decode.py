@@ -10,6 +10,7 @@ have keys, unless a key came twice.
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from typing import cast
 
 import msgspec
@@ -32,7 +33,7 @@ def decode_object(text: bytes) -> dict[str, object]:
     try:
         value = msgspec.json.decode(text)
     except msgspec.MsgspecError as error:
-        raise RequestError(f"The body is not JSON: {error}.") from None
+        raise RequestError(f"The body is not JSON: {_trouble(error, text)}.") from None
     except UnicodeDecodeError:
         raise RequestError("The body is not UTF-8.") from None
     if not isinstance(value, dict):
@@ -56,6 +57,15 @@ def depth_exceeds(brackets: bytes, depth_max: int) -> bool:
             break
         brackets = shorter
     return b"[]" in brackets or brackets.count(b"[") > depth_max
+
+
+def _trouble(error: msgspec.MsgspecError, text: bytes) -> str:
+    """What is wrong, also where msgspec takes half a surrogate pair for the end of the text."""
+    if "truncated" in str(error):
+        with suppress(ValueError):
+            json.loads(text)  # it takes lone surrogates
+            return r"a \u escape is one half of a surrogate pair"
+    return str(error)
 
 
 def _skeleton(text: bytes) -> bytes:

@@ -21,7 +21,8 @@ from anser.api.messages import engine_message
 from anser.api.models import Served, served
 from anser.api.tools import engine_format, engine_tools
 from anser.core.errors import ContextTooLong, InvalidField, UnknownField
-from anser.core.limits import ANSWERS_MAX
+from anser.core.fleet import Ability
+from anser.core.limits import PROMPTS_MAX
 from anser.core.sampling import HINTS, sampling_fields
 from anser.ports import Route
 from anser.services.gateway import Demand
@@ -77,7 +78,6 @@ def ask_chat(asker: Asker, body: dict[str, object]) -> Asked:
     fields = check_fields(body, ChatFields, drop_unknown=asker.drops_unknown)
     _check_logprobs(fields)
     messages = [engine_message(message) for message in fields.messages]
-    _check_answers(messages)
     prompt = _Prompt(
         body={
             "messages": messages,
@@ -96,8 +96,8 @@ def ask_completion(asker: Asker, body: dict[str, object]) -> Asked:
     fields = check_fields(body, CompletionFields, drop_unknown=asker.drops_unknown)
     _check_completion(fields)
     texts = plain_texts(fields.prompt, param="prompt")
-    if len(texts) * (fields.n or 1) > ANSWERS_MAX:
-        message = f"One request makes at most {ANSWERS_MAX} answers."
+    if len(texts) * (fields.n or 1) > PROMPTS_MAX:
+        message = f"One request makes at most {PROMPTS_MAX} answers, `n` of each prompt."
         raise InvalidField(message, param="prompt")
     prompts = tuple(_Prompt(body={"prompt": text}, chars=len(text)) for text in texts)
     job = _Job(asker, Route.COMPLETIONS, fields, fields.max_tokens, _COMPLETION_TOKENS_DEFAULT)
@@ -131,7 +131,7 @@ class _Job:
     def asked(self, prompts: tuple[_Prompt, ...], forwarded: frozenset[str]) -> Asked:
         """One demand for each answer to each prompt."""
         fields = self.fields
-        model = served(self.asker.services, fields.model)
+        model = served(self.asker.services, fields.model, Ability.CHAT)
         common = self._forward(forwarded) | self._forward_extra(model)
         options = fields.stream_options
         if options is not None and not fields.stream:
@@ -206,17 +206,10 @@ def _check_logprobs(fields: ChatFields) -> None:
         raise InvalidField(message, param="top_logprobs")
 
 
-def _check_answers(messages: list[dict[str, object]]) -> None:
-    for index, message in enumerate(messages):
-        if "content" not in message and "tool_calls" not in message:
-            path = f"messages[{index}].content"
-            raise InvalidField(f"`{path}` is required without tool calls.", param=path)
-
-
 def _check_completion(fields: CompletionFields) -> None:
     if fields.echo:
         raise InvalidField("`echo`: the prompt is not sent back.", param="echo")
-    if fields.suffix is not None:
+    if fields.suffix:
         raise InvalidField("`suffix`: text is not inserted here.", param="suffix")
     if fields.best_of is not None and fields.best_of != (fields.n or 1):
         message = "`best_of` must be `n`: every answer that is made is returned."

@@ -175,7 +175,7 @@ class Exchange:
         encoding = self.header(b"content-encoding") or "identity"
         if encoding.lower() != "identity":
             raise UnsupportedEncoding("A body is read as it is: send it without content-encoding.")
-        kind = (self.header(b"content-type") or "application/json").partition(";")[0]
+        kind = (self.header(b"content-type") or "").partition(";")[0]
         if kind.strip().lower() != "application/json":
             raise UnsupportedEncoding("Send the body as 'content-type: application/json'.")
 

@@ -17,6 +17,7 @@ from anser.core.limits import (
     ANSWERS_MAX,
     EMBEDDING_INPUTS_MAX,
     MESSAGES_MAX,
+    PROMPTS_MAX,
     STOP_CHARS_MAX,
     STOP_MAX,
     TOOLS_MAX,
@@ -134,7 +135,10 @@ class ChatFields(Generation, kw_only=True):
 class CompletionFields(Generation, kw_only=True):
     """The body of /v1/completions."""
 
-    prompt: str | Annotated[list[str | int | list[int]], msgspec.Meta(min_length=1)]
+    prompt: (
+        str
+        | Annotated[list[str | int | list[int]], msgspec.Meta(min_length=1, max_length=PROMPTS_MAX)]
+    )
     logprobs: Annotated[int, msgspec.Meta(ge=0, le=TOP_LOGPROBS_MAX)] | None = None
     best_of: Annotated[int, msgspec.Meta(ge=1, le=ANSWERS_MAX)] | None = None
     echo: bool | None = None
@@ -197,7 +201,7 @@ STAYS_HERE = {
     "store": "nothing is kept",
     "stream": "engines always stream",
     "stream_options": "engines always report usage",
-    "suffix": "not done: must be null",
+    "suffix": "not done: must be null or empty",
     "user": "members are known by their keys",
     "verbosity": "a hint; the answer is right without it",
 }

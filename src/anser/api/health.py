@@ -6,7 +6,7 @@ import msgspec
 
 from anser.api.exchange import Exchange
 from anser.core.errors import NoNode, ShuttingDown
-from anser.core.fleet import NodeState
+from anser.services.pool import nodes_ready
 
 __all__ = ["health", "ready"]
 
@@ -22,7 +22,7 @@ async def health(exchange: Exchange) -> None:
 
 
 async def ready(exchange: Exchange) -> None:
-    """GET /ready: 200 while a node serves. Raises NoNode, ShuttingDown."""
+    """GET /ready: 200 while a node is up and serves a model. Raises NoNode, ShuttingDown."""
     up, draining = _state(exchange)
     if draining:
         raise ShuttingDown("This platform is stopping.")
@@ -33,5 +33,4 @@ async def ready(exchange: Exchange) -> None:
 
 def _state(exchange: Exchange) -> tuple[int, bool]:
     services = exchange.services
-    up = sum(status.state is NodeState.UP for status in services.fleet.statuses())
-    return up, services.gateway.draining
+    return nodes_ready(services.fleet), services.gateway.draining

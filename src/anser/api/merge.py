@@ -1,19 +1,20 @@
 """The answers to one request as one: a single one as it is, several (`n`, prompts) merged.
 
-Theory of operation. Each demand runs in a task of its own and puts its pieces, in the order in
-which they come, into one bounded queue; whoever reads the merged answer takes them from there,
-each with its choice's index. The first answer to begin begins the whole; if one fails, so does
-the whole, and the others are cancelled at their engines.
+Theory of operation. All demands get their place in the member's limits at once, or none does. Then
+each runs in a task of its own and puts its pieces, in the order in which they come, into one
+bounded queue; whoever reads the merged answer takes them from there, each with its choice's index.
+The first answer to begin begins the whole; if one fails, so does the whole, and the others are
+cancelled at their engines.
 
 Invariants: the queue holds at most STREAM_BUFFER_MAX entries, so a slow reader slows every engine;
-no task outlives `answer_all`.
+no task and no place outlives `answer_all`.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Generator, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -23,8 +24,9 @@ from anser.core.ledger import Usage
 from anser.core.limits import STREAM_BUFFER_MAX
 from anser.services.chunks import Piece
 from anser.services.gateway import Answer, Demand, Gateway
+from anser.services.members import Members, Reservation
 
-__all__ = ["Answers", "Merged", "Part", "answer_all"]
+__all__ = ["Answers", "Merged", "Part", "answer_all", "places_for"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,12 +68,21 @@ async def answer_all(gateway: Gateway, asked: Asked) -> AsyncGenerator[Answers]:
         async with gateway.answer(asked.demands[0]) as answer:
             yield _Single(answer)
         return
+    with places_for(gateway.members, asked.demands, param="n") as places:
+        async with _merged(gateway, asked, places) as merged:
+            yield merged
+
+
+@asynccontextmanager
+async def _merged(
+    gateway: Gateway, asked: Asked, places: list[Reservation]
+) -> AsyncGenerator[Merged]:
     merged = Merged(asked)
     failure: AnserError | None = None
     async with asyncio.TaskGroup() as group:
         tasks = [
-            group.create_task(merged.run(gateway, index, demand))
-            for index, demand in enumerate(asked.demands)
+            group.create_task(merged.run(gateway, index, place))
+            for index, place in enumerate(places)
         ]
         try:
             await merged.begin()
@@ -82,6 +93,23 @@ async def answer_all(gateway: Gateway, asked: Asked) -> AsyncGenerator[Answers]:
             task.cancel()
     if failure is not None:
         raise failure
+
+
+@contextmanager
+def places_for(
+    members: Members, demands: Sequence[Demand], *, param: str
+) -> Generator[list[Reservation]]:
+    """A place for each demand of one request; those that are left over are given back.
+
+    Raises LimitReached, or InvalidField for `param` where the member can never have so many.
+    """
+    sizes = [(demand.prompt_tokens, demand.output_tokens_max) for demand in demands]
+    places = members.reserve_all(demands[0].member, sizes, param=param)
+    try:
+        yield places
+    finally:
+        for place in places:
+            place.withdraw()
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,10 +186,10 @@ class Merged:
         assert isinstance(entry, Answer)
         self.node, self.limits = entry.node, entry.limits
 
-    async def run(self, gateway: Gateway, index: int, demand: Demand) -> None:
+    async def run(self, gateway: Gateway, index: int, place: Reservation) -> None:
         """Carry one answer into the queue."""
         try:
-            async with gateway.answer(demand) as answer:
+            async with gateway.answer(self.asked.demands[index], place) as answer:
                 self._answers[index] = answer
                 await self._queue.put(answer)
                 async for piece in answer:

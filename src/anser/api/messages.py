@@ -1,7 +1,7 @@
 """The messages of a conversation, role by role, as OpenAI documents them.
 
 Engines get less than what is accepted: plain text for content, `system` for `developer`, and no
-field that only OpenAI's own service has a use for. Parts other than text are refused: nothing that
+field that only other services have a use for. Parts other than text are refused: nothing that
 runs behind this platform fetches, hears or sees.
 """
 
@@ -24,6 +24,7 @@ class TextPart(_Part, tag="text"):
     """Text."""
 
     text: str
+    cache_control: object = None  # some stacks mark what another service shall cache
 
 
 class RefusalPart(_Part, tag="refusal"):
@@ -52,6 +53,7 @@ class ToolCall(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
 class _Message(msgspec.Struct, forbid_unknown_fields=True, tag_field="role", kw_only=True):
     """What is common to all roles."""
 
+    id: object = None  # some stacks hand back the answer's own
     name: _Name | None = None
 
 
@@ -105,7 +107,7 @@ def engine_message(message: Message) -> dict[str, object]:
     plain: dict[str, object] = {"role": role}
     text = _text(message.content)
     if text is None and isinstance(message, Assistant):
-        text = message.refusal
+        text = message.refusal or (None if message.tool_calls else "")
     if text is not None:
         plain["content"] = text
     if message.name is not None:

@@ -28,6 +28,7 @@ from anser import __version__
 from anser.api.context import Services
 from anser.core.errors import NotFound
 from anser.core.fleet import NodeState
+from anser.services.pool import view_of
 from anser.services.stats import Histogram
 from anser.wire.doors import is_loopback
 
@@ -136,9 +137,8 @@ class PoolCollector(Collector):
         )
 
     def _fleet(self) -> Iterator[Metric]:
-        statuses = self._services.fleet.statuses()
-        busy = {row.node: row.running for row in self._services.gateway.snapshot().nodes}
-        states = Counter(status.state for status in statuses)
+        views = view_of(self._services.fleet, self._services.gateway).nodes
+        states = Counter(view.status.state for view in views)
         nodes = GaugeMetricFamily("anser_nodes", "Nodes by state.", labels=["state"])
         for state in NodeState:
             nodes.add_metric([state.value], states[state])
@@ -146,11 +146,11 @@ class PoolCollector(Collector):
         up = GaugeMetricFamily("anser_node_up", "1 while the node takes work.", labels=["node"])
         slots = GaugeMetricFamily("anser_node_slots", "Answers at once.", labels=["node"])
         running = GaugeMetricFamily("anser_node_running", "Leases on the node.", labels=["node"])
-        for status in statuses:
-            node = status.node.id
+        for view in views:
+            status, node = view.status, view.status.node.id
             up.add_metric([node], status.state is NodeState.UP)
             slots.add_metric([node], status.slots or 0)
-            running.add_metric([node], busy.get(node, 0))
+            running.add_metric([node], view.busy)
         yield from (up, slots, running)
 
 

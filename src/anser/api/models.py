@@ -11,9 +11,11 @@ import msgspec
 from anser.api.context import Services
 from anser.api.errors import echo
 from anser.api.exchange import Exchange
-from anser.core.errors import ModelNotFound, NoNode
-from anser.core.fleet import EngineKind, NodeState, Offer
+from anser.core.errors import InvalidField, ModelNotFound, NoNode
+from anser.core.fleet import Ability, EngineKind
+from anser.core.hub import Model
 from anser.services.members import Principal
+from anser.services.pool import ModelView, view_of
 
 __all__ = ["Served", "list_models", "served", "show_model"]
 
@@ -21,6 +23,10 @@ _PREFIX = "/v1/models/"
 _NEAR_MAX = 3
 _NEAR_CHARS_MAX = 128  # comparing longer names costs more than it helps
 _RETRY_AFTER_S = 10.0
+_UNABLE = {
+    Ability.CHAT: "makes embeddings only: ask it at /v1/embeddings.",
+    Ability.EMBEDDINGS: "makes no embeddings: ask it at /v1/chat/completions.",
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,8 +38,8 @@ class Served:
     kinds: frozenset[EngineKind]
 
 
-def served(services: Services, model: str) -> Served:
-    """What serves `model`. Raises ModelNotFound with near names, or NoNode."""
+def served(services: Services, model: str, ability: Ability) -> Served:
+    """What serves `model`. Raises ModelNotFound with near names, NoNode, or InvalidField."""
     models = services.fleet.models()
     offers = models.get(model)
     if not offers:
@@ -41,6 +47,8 @@ def served(services: Services, model: str) -> Served:
             message = f"No node serves {model} now."
             raise NoNode(message, param="model", retry_after_s=_RETRY_AFTER_S)
         raise _not_found(model, models.keys())
+    if not any(ability in offer.ability for offer in offers):
+        raise InvalidField(f"{model} {_UNABLE[ability]}", param="model")
     contexts = [offer.context_tokens for offer in offers if offer.context_tokens is not None]
     return Served(
         model=model,
@@ -61,11 +69,9 @@ def _not_found(model: str, known: Collection[str]) -> ModelNotFound:
 
 async def list_models(exchange: Exchange, _: Principal) -> None:
     """GET /v1/models."""
-    services = exchange.services
-    rows = [
-        _row(services, model, offers) for model, offers in sorted(services.fleet.models().items())
-    ]
-    await exchange.reply(200, msgspec.json.encode({"object": "list", "data": rows}))
+    rows = sorted(_rows(exchange.services).items())
+    listed = {"object": "list", "data": [row for _, row in rows]}
+    await exchange.reply(200, msgspec.json.encode(listed))
 
 
 async def show_model(exchange: Exchange, _: Principal) -> None:
@@ -74,23 +80,31 @@ async def show_model(exchange: Exchange, _: Principal) -> None:
     models = services.fleet.models()
     if model not in models:
         raise _not_found(model, models.keys())
-    await exchange.reply(200, msgspec.json.encode(_row(services, model, models[model])))
+    await exchange.reply(200, msgspec.json.encode(_rows(services)[model]))
 
 
-def _row(services: Services, model: str, offers: tuple[Offer, ...]) -> dict[str, object]:
+def _rows(services: Services) -> dict[str, dict[str, object]]:
+    """Each model as a row."""
+    pool = view_of(services.fleet, services.gateway)
+    known = {model.id: model for model in services.hub.models()}
+    return {
+        view.id: _row(view, known.get(view.id)) | {"default": view.id == pool.default}
+        for view in pool.models
+    }
+
+
+def _row(view: ModelView, known: Model | None) -> dict[str, object]:
     """OpenAI's four fields, and what people want to know besides."""
-    known = next((each for each in services.hub.models() if each.id == model), None)
-    contexts = [offer.context_tokens for offer in offers if offer.context_tokens is not None]
-    states = [services.fleet.status(offer.node).state for offer in offers]
     row: dict[str, object] = {
-        "id": model,
+        "id": view.id,
         "object": "model",
         "created": 0,  # nobody knows when an engine's model was made
         "owned_by": "anser",
-        "context_length": max(contexts, default=None),
-        "nodes": len(offers),
-        "ready": NodeState.UP in states,
-        "engines": sorted({offer.engine.value for offer in offers}),
+        "context_length": view.context_tokens,
+        "nodes": view.nodes,
+        "ready": view.ready,
+        "capabilities": view.ability.words,
+        "engines": sorted(kind.value for kind in view.engines),
     }
     if known is not None:
         row |= {"title": known.title, "licence": known.licence, "sha256": known.file.sha256}

@@ -1,7 +1,7 @@
 """`/v1/chat/completions` and `/v1/completions`: OpenAI's dialect, whole and streamed.
 
 The way of a request: its body becomes demands (demands.py), the gateway carries them (merge.py
-where there are several), and what comes back is passed on as it came or put together. Whoever
+where there are several), and what comes back is passed on (rewrite.py) or put together. Whoever
 hangs up ends the work at once: everything from the queue on runs inside `Exchange.watched`.
 """
 
@@ -72,7 +72,7 @@ async def _serve(exchange: Exchange, principal: Principal, dialect: _Dialect) ->
     services = exchange.services
     asker = Asker(services=services, member=principal.member, request_id=exchange.id)
     asked = dialect.ask(asker, body)
-    answering = _Answering(exchange, dialect, asked)
+    answering = _Answering(exchange, dialect, asked, int(services.clock.wall()))
     async with exchange.watched(), answer_all(services.gateway, asked) as answers:
         await (answering.stream(answers) if asked.stream else answering.whole(answers))
 
@@ -84,6 +84,7 @@ class _Answering:
     exchange: Exchange
     dialect: _Dialect
     asked: Asked
+    created: int
 
     async def whole(self, answers: Answers) -> None:
         """Put everything together, then answer."""
@@ -98,13 +99,16 @@ class _Answering:
         await self.exchange.reply(200, msgspec.json.encode(body), headers)
 
     async def stream(self, answers: Answers) -> None:
-        """Pass each chunk on as it comes; usage, if asked for, is the platform's own count."""
+        """Pass each chunk on when it comes; usage, if asked for, is the platform's own count."""
         headers = node_headers(answers.node, answers.limits)
         await self.exchange.open(200, [*sse.HEADERS, *headers])
-        rewriter = Rewriter(self.asked, answer_id=self._answer_id)
+        rewriter = Rewriter(self.asked, self._head(self.dialect.chunk))
+        for chunk in rewriter.opening():
+            await self.exchange.write(sse.event(chunk))
         async for part in answers:
-            if part.piece.usage is None or part.piece.finish is not None:
-                await self.exchange.write(sse.event(rewriter.chunk(part)))
+            data = rewriter.chunk(part)
+            if data is not None:
+                await self.exchange.write(sse.event(data))
         if self.asked.include_usage:
             await self.exchange.write(sse.event(self._usage_chunk(answers)))
         await self.exchange.close(sse.DONE)
@@ -118,15 +122,11 @@ class _Answering:
         }
         return msgspec.json.encode(chunk)
 
-    @property
-    def _answer_id(self) -> str:
-        return self.dialect.prefix + self.exchange.id.removeprefix("req_")
-
     def _head(self, kind: str) -> dict[str, object]:
         """The fields that every object of an answer begins with."""
         return {
-            "id": self._answer_id,
+            "id": self.dialect.prefix + self.exchange.id.removeprefix("req_"),
             "object": kind,
-            "created": int(self.exchange.services.clock.wall()),
+            "created": self.created,
             "model": self.asked.demands[0].model,
         }

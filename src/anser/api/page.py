@@ -32,14 +32,11 @@ from starlette.routing import Route
 
 from anser import __version__
 from anser.api.context import Services
-from anser.core.fleet import EngineKind, NodeState, Offer
+from anser.services.pool import ModelView, NodeView, PoolView, view_of
 
 __all__ = [
     "LANGUAGES",
     "SECURITY_HEADERS",
-    "ModelView",
-    "NodeView",
-    "PoolView",
     "Visit",
     "choose_language",
     "digest",
@@ -88,39 +85,9 @@ _SKEIN = (  # x, y and width of each goose in the picture, the leader first
 )  # fmt: skip
 _GEESE_MAX = 24  # of one node
 _ROWS_MAX = 40  # of nodes, and of models; pool.js has the same
+_FOLD = 8  # models that are seen at once; pool.js has the same
+_GAP = "\ue000"  # where a snippet names the model
 _ACCEPT_CHARS_MAX = 512
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class NodeView:
-    """One node as the page shows it; `slots` is 0 while unknown."""
-
-    id: str
-    state: NodeState
-    engine: EngineKind | None
-    slots: int
-    running: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ModelView:
-    """One model as the page shows it; `ready` is whether some node serves it now."""
-
-    id: str
-    nodes: int
-    context_tokens: int | None
-    ready: bool
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PoolView:
-    """The pool at one moment."""
-
-    nodes: tuple[NodeView, ...] = ()
-    models: tuple[ModelView, ...] = ()
-    queued: int = 0
-    running: int = 0
-    tokens_per_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -137,7 +104,7 @@ def routes(services: Services) -> list[Route]:
 
     async def front(request: Request) -> Response:
         visit = _visit(request, services)
-        pool = pool_of(services) if visit.open else None
+        pool = view_of(services.fleet, services.gateway) if visit.open else None
         return _page(render_front(visit, pool))
 
     return [
@@ -176,36 +143,10 @@ def wants_page(path: str, headers: Headers) -> bool:
     return not path.startswith("/v1") and "text/html" in headers.get("accept", "")
 
 
-def pool_of(services: Services) -> PoolView:
-    """The pool now."""
-    snapshot = services.gateway.snapshot()
-    running = {row.node: row.running for row in snapshot.nodes}
-    nodes = [
-        NodeView(
-            id=status.node.id,
-            state=status.state,
-            engine=status.kind,
-            slots=status.slots or 0,
-            running=running.get(status.node.id, 0),
-        )
-        for status in services.fleet.statuses()
-    ]
-    up = {node.id for node in nodes if node.state is NodeState.UP}
-    offered = sorted(services.fleet.models().items())
-    models = [_model_view(name, offers, up) for name, offers in offered]
-    return PoolView(
-        nodes=tuple(nodes),
-        models=tuple(models),
-        queued=snapshot.queued,
-        running=snapshot.running,
-        tokens_per_s=snapshot.tokens_per_s,
-    )
-
-
 def render_front(visit: Visit, pool: PoolView | None) -> str:
     """The first page; `None` is a pool that this visitor may not see without a key."""
     words = texts(visit.language)
-    names = [model.id for model in sorted(pool.models, key=_unready)] if pool else []
+    chosen = None if pool is None else pool.default
     shown = {section: words[section] for section in ("live", "states", "errors")}
     return _template("front.html").render(
         _frame(visit.language),
@@ -214,8 +155,8 @@ def render_front(visit: Visit, pool: PoolView | None) -> str:
         pool=_pool_in_words(pool or PoolView(), words),
         seen=pool is not None,
         skein=_SKEIN,
-        first_model=names[0] if names else None,
-        snippets=_snippets(visit, names[0] if names else words["call"]["any_model"]),
+        chosen=chosen,
+        snippets=_snippets(visit, words["call"]["any_model"] if chosen is None else chosen),
         texts=json.dumps(shown, ensure_ascii=False),
     )
 
@@ -278,16 +219,6 @@ def _preference(part: str) -> tuple[str, float]:
     return tag.strip().lower().partition("-")[0], quality
 
 
-def _model_view(name: str, offers: tuple[Offer, ...], up: set[str]) -> ModelView:
-    contexts = [offer.context_tokens for offer in offers if offer.context_tokens is not None]
-    return ModelView(
-        id=name,
-        nodes=len(offers),
-        context_tokens=max(contexts, default=None),
-        ready=any(offer.node in up for offer in offers),
-    )
-
-
 def _visit(request: Request, services: Services) -> Visit:
     server = services.config.server
     return Visit(
@@ -329,31 +260,42 @@ def _words(language: str) -> SimpleNamespace:
 
 def _pool_in_words(pool: PoolView, words: Mapping[str, Mapping[str, str]]) -> dict[str, Any]:
     live = words["live"]
-    nodes, models = pool.nodes[:_ROWS_MAX], pool.models[:_ROWS_MAX]
-    ready = sum(node.state is NodeState.UP for node in pool.nodes)
+    models = [_model_in_words(model, live) for model in pool.models[:_ROWS_MAX]]
     return {
-        "models": [{"id": model.id, "detail": _detail(model, live)} for model in models],
+        "choices": [model for model in pool.models if model.chats],
+        "models": models[:_FOLD],
+        "folded": models[_FOLD:],
+        "fold": live["fold"].format(count=f"{len(pool.models) - _FOLD:,}"),
         "more_models": _more(len(pool.models), live),
         "more_nodes": _more(len(pool.nodes), live),
-        "nodes": [_node_in_words(node, words) for node in nodes],
+        "nodes": [_node_in_words(node, words) for node in pool.nodes[:_ROWS_MAX]],
         "pace": f"{pool.tokens_per_s:.1f}".removesuffix(".0"),
         "queued": f"{pool.queued:,}",
-        "ready": f"{ready:,}",
+        "ready": f"{pool.nodes_ready:,}",
         "ready_of": live["of"].format(total=f"{len(pool.nodes):,}"),
         "running": f"{pool.running:,}",
-        "running_of": live["of"].format(total=f"{sum(node.slots for node in pool.nodes):,}"),
+        "running_of": live["of"].format(total=f"{pool.slots:,}"),
     }
 
 
 def _node_in_words(node: NodeView, words: Mapping[str, Mapping[str, str]]) -> dict[str, Any]:
-    known = {"running": f"{node.running:,}", "slots": f"{node.slots:,}"}
+    status, slots = node.status, node.status.slots or 0
+    known = {"running": f"{node.busy:,}", "slots": f"{slots:,}"}
     return {
-        "count": words["live"]["slots"].format(**known) if node.slots else "",
-        "engine": node.engine.value if node.engine else "",
-        "geese": [at < node.running for at in range(min(node.slots, _GEESE_MAX))],
-        "id": node.id,
-        "state": node.state.value,
-        "state_text": words["states"][node.state.value],
+        "count": words["live"]["slots"].format(**known) if slots else "",
+        "engine": status.kind.value if status.kind else "",
+        "geese": [at < node.busy for at in range(min(slots, _GEESE_MAX))],
+        "id": status.node.id,
+        "state": status.state.value,
+        "state_text": words["states"][status.state.value],
+    }
+
+
+def _model_in_words(model: ModelView, live: Mapping[str, str]) -> dict[str, str]:
+    return {
+        "id": model.id,
+        "ready": "yes" if model.ready else "no",
+        "detail": _detail(model, live),
     }
 
 
@@ -363,24 +305,29 @@ def _more(count: int, live: Mapping[str, str]) -> str:
 
 
 def _detail(model: ModelView, live: Mapping[str, str]) -> str:
-    where = live["on_node"] if model.nodes == 1 else live["on_nodes"]
-    parts = [where.format(count=f"{model.nodes:,}")]
-    if model.context_tokens:
-        parts.insert(0, live["context"].format(tokens=f"{model.context_tokens:,}"))
-    return " · ".join(parts)
-
-
-def _unready(model: ModelView) -> bool:
-    return not model.ready
+    """What pool.js says too: what it is for, how long a context, and on how many nodes."""
+    where = live["on_node"] if model.nodes_ready == 1 else live["on_nodes"]
+    parts = [
+        "" if model.chats else live["embeddings"],
+        live["context"].format(tokens=f"{model.context_tokens:,}") if model.context_tokens else "",
+        where.format(count=f"{model.nodes_ready:,}") if model.ready else live["not_ready"],
+    ]
+    return " · ".join(filter(None, parts))
 
 
 def _snippets(visit: Visit, model: str) -> list[dict[str, str]]:
+    """Each snippet around the model's name, which call.js exchanges for the chosen one."""
     question = texts(visit.language)["call"]["question"]
-    values = {"model": model, "open": visit.open, "origin": visit.origin, "question": question}
-    return [
-        {"id": name, "name": title, "text": _template(file).render(values)}
-        for name, title, file in _SNIPPETS
-    ]
+    values = {"model": _GAP, "open": visit.open, "origin": visit.origin, "question": question}
+    snippets: list[dict[str, str]] = []
+    for name, title, file in _SNIPPETS:
+        before, _, after = _template(file).render(values).partition(f'"{_GAP}"')
+        literal = json.dumps(model, ensure_ascii=False)
+        if name == "curl":
+            literal = shlex.quote(literal)[1:-1]  # it stands within quotes already
+        parts = {"before": before, "model": literal, "after": after}
+        snippets.append({"id": name, "name": title, **parts})
+    return snippets
 
 
 @cache

@@ -1,56 +1,95 @@
-"""Chunks of a stream, changed only where they must be; all others go on byte for byte.
+"""Chunks of a stream on their way to the client: what is the platform's own is written into them.
 
-Changed are those of several answers (each engine numbers its only choice 0, under an identifier
-of its own), log probabilities of /v1/completions, and an engine's claim of usage in a last chunk:
-the platform reports its own count.
+An answer has one identity, whichever engines made it: `id`, `object`, `created` and `model` of
+every chunk are the platform's, so is each choice's `index`. Usage is taken out: the platform
+reports its own count. Reasoning is there under both of its names, log probabilities of
+/v1/completions in OpenAI's form. All else is spliced in byte for byte, undecoded. A chunk that is
+left without a choice is dropped.
 """
 
 from __future__ import annotations
 
-from typing import cast
+from collections.abc import Iterator
 
 import msgspec
+from msgspec import Raw
 
 from anser.api.demands import Asked
 from anser.api.logprobs import TextLogprobs
 from anser.api.merge import Part
+from anser.core.errors import EngineBroken
+from anser.ports import Route
 
 __all__ = ["Rewriter"]
 
-_CHUNK = msgspec.json.Decoder(dict[str, object])
+_Fields = dict[str, Raw]
+
+_CHUNK = msgspec.json.Decoder(_Fields)
+_CHOICES = msgspec.json.Decoder(list[_Fields])
+_LOGPROBS = msgspec.json.Decoder(dict[str, object] | None)
+_NONE = Raw(b"[]")
+_NULL = Raw(b"null")
+_REASONING = b'"reasoning'
+_NAMES = ("reasoning", "reasoning_content")
 
 
 class Rewriter:
-    """The chunks of one request's answers on their way to the client."""
+    """The chunks of one request's answers; `head` is what every chunk says of the answer."""
 
-    __slots__ = ("_answer_id", "_logprobs", "_several")
+    __slots__ = ("_head", "_indices", "_logprobs", "_opens")
 
-    def __init__(self, asked: Asked, *, answer_id: str) -> None:
-        self._answer_id = answer_id
-        self._several = len(asked.demands) > 1
+    def __init__(self, asked: Asked, head: dict[str, object]) -> None:
+        self._head = {name: Raw(msgspec.json.encode(value)) for name, value in head.items()}
+        count = len(asked.demands)
+        self._indices = [Raw(b"%d" % index) for index in range(count)]
+        self._opens = count > 1 and asked.demands[0].route is Route.CHAT
         self._logprobs = [TextLogprobs() for _ in asked.demands] if asked.text_logprobs else []
 
     def __repr__(self) -> str:
-        return f"<Rewriter several={self._several} logprobs={bool(self._logprobs)}>"
+        return f"<Rewriter choices={len(self._indices)} logprobs={bool(self._logprobs)}>"
 
-    def chunk(self, part: Part) -> bytes:
-        """What the client gets for `part`. Raises EngineBroken."""
+    def opening(self) -> Iterator[bytes]:
+        """What a stream of several chat answers begins with: the role of each, in their order.
+
+        OpenAI's clients number choices in the order in which they appear; engines begin in any.
+        """
+        for index in self._indices if self._opens else ():
+            delta = {"role": "assistant", "content": ""}
+            choice = {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
+            yield msgspec.json.encode({**self._head, "choices": [choice]})
+
+    def chunk(self, part: Part) -> bytes | None:
+        """What the client gets for `part`, if anything. Raises EngineBroken."""
         data = part.piece.data
-        ends = part.piece.finish is not None
-        if not (self._several or self._logprobs or (ends and b'"usage"' in data)):
-            return data
-        chunk = _CHUNK.decode(data)
+        try:
+            chunk = _CHUNK.decode(data)
+            choices = _CHOICES.decode(chunk.pop("choices", _NONE))
+            for choice in choices:
+                self._rewrite(choice, part.index, reasons=_REASONING in data)
+        except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+            raise EngineBroken("The engine sent a chunk that is not an OpenAI chunk.") from error
+        if not choices:
+            return None
         chunk.pop("usage", None)
-        if self._several:
-            chunk["id"] = self._answer_id
-        for choice in cast("list[dict[str, object]]", chunk["choices"]):
-            self._renumber(choice, part.index)
-        return msgspec.json.encode(chunk)
+        return msgspec.json.encode({**chunk, **self._head, "choices": choices})
 
-    def _renumber(self, choice: dict[str, object], index: int) -> None:
-        if self._several:
-            choice["index"] = index
-        logprobs = choice.get("logprobs")
-        if self._logprobs and isinstance(logprobs, dict):
-            found = cast("dict[str, object]", logprobs)
-            choice["logprobs"] = self._logprobs[index].add(found)
+    def _rewrite(self, choice: _Fields, index: int, *, reasons: bool) -> None:
+        choice["index"] = self._indices[index]
+        if "delta" in choice and (reasons or self._opens):
+            choice["delta"] = self._delta(choice["delta"])
+        if self._logprobs:
+            logprobs = _LOGPROBS.decode(choice.get("logprobs", _NULL))
+            if logprobs is not None:
+                choice["logprobs"] = Raw(msgspec.json.encode(self._logprobs[index].add(logprobs)))
+
+    def _delta(self, raw: Raw) -> Raw:
+        """The delta with reasoning under both names, without a role that was sent before."""
+        if bytes(raw) == b"null":
+            return raw
+        delta = _CHUNK.decode(raw)
+        if self._opens:
+            delta.pop("role", None)
+        for name, other in (_NAMES, _NAMES[::-1]):
+            if name in delta and bytes(delta.get(other, _NULL)) == b"null":
+                delta[other] = delta[name]
+        return Raw(msgspec.json.encode(delta))

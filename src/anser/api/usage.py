@@ -13,13 +13,12 @@ from anser.api.auth import Doorkeeper
 from anser.api.context import Services
 from anser.api.reply import json_route, member_of, query_number, query_text
 from anser.core.errors import NotFound, Unauthenticated
-from anser.core.fleet import Offer
 from anser.core.members import Scope
 from anser.ports import UsageRow
-from anser.services.fleet import NodeStatus
 from anser.services.members import Principal
+from anser.services.pool import ModelView, NodeView, view_of
 
-__all__ = ["PATHS", "pool", "request_of", "routes", "usage_since"]
+__all__ = ["PATHS", "node_object", "pool", "request_of", "routes", "usage_since"]
 
 PATHS = (
     ("GET", "/v1/usage"),
@@ -56,21 +55,43 @@ def request_of(text: str) -> str:
 
 def pool(services: Services) -> dict[str, object]:
     """The live state: what waits, what runs where, and how fast."""
-    snapshot = services.gateway.snapshot()
-    busy = {row.node: row.running for row in snapshot.nodes}
+    view = view_of(services.fleet, services.gateway)
     return {
         "object": "pool",
-        "queued": snapshot.queued,
-        "running": snapshot.running,
-        "tokens_per_s": round(snapshot.tokens_per_s, 3),
-        "draining": snapshot.draining,
-        "nodes": [_node(status, busy) for status in services.fleet.statuses()],
-        "models": [_model(name, own) for name, own in sorted(services.fleet.models().items())],
+        "queued": view.queued,
+        "running": view.running,
+        "slots": view.slots,
+        "nodes_ready": view.nodes_ready,
+        "tokens_per_s": round(view.tokens_per_s, 3),
+        "draining": view.draining,
+        "default_model": view.default,
+        "nodes": [node_object(node) for node in view.nodes],
+        "models": [_model(model) for model in view.models],
+    }
+
+
+def node_object(view: NodeView) -> dict[str, object]:
+    """A node as anybody may see it."""
+    status = view.status
+    return {
+        "id": status.node.id,
+        "state": status.state.value,
+        "engine": None if status.kind is None else status.kind.value,
+        "version": status.version,
+        "models": sorted({offer.model for offer in status.offers}),
+        "slots": status.slots,
+        "busy": view.busy,
+        "jurisdiction": status.node.jurisdiction,
     }
 
 
 async def usage_since(services: Services, request: Request, member: str | None) -> object:
-    """The sums of the last `since_s` seconds, of `member` and all below it, or of all."""
+    """The sums of the last `since_s` seconds, of `member` and all below it, or of all.
+
+    Raises NotFound for a member that there is not: an empty answer would hide a slip.
+    """
+    if member is not None:
+        services.members.check_known(member)
     since_s = query_number(request, "since_s", default=_WEEK_S, high=_LONGEST_S)
     until_ms = int(services.clock.wall() * 1_000) + 1
     since_ms = max(0, until_ms - int(since_s * 1_000))
@@ -130,23 +151,15 @@ def _may_see(principal: Principal, member: str) -> bool:
     return own or principal.scope is Scope.OPERATE
 
 
-def _node(status: NodeStatus, busy: dict[str, int]) -> dict[str, object]:
-    node = status.node
+def _model(view: ModelView) -> dict[str, object]:
     return {
-        "id": node.id,
-        "state": status.state.value,
-        "engine": None if status.kind is None else status.kind.value,
-        "version": status.version,
-        "models": sorted({offer.model for offer in status.offers}),
-        "slots": status.slots,
-        "busy": busy.get(node.id, 0),
-        "jurisdiction": node.jurisdiction,
+        "id": view.id,
+        "nodes": view.nodes,
+        "nodes_ready": view.nodes_ready,
+        "ready": view.ready,
+        "context_length": view.context_tokens,
+        "capabilities": view.ability.words,
     }
-
-
-def _model(name: str, offers: tuple[Offer, ...]) -> dict[str, object]:
-    contexts = [offer.context_tokens for offer in offers if offer.context_tokens is not None]
-    return {"id": name, "nodes": len(offers), "context_length": max(contexts, default=None)}
 
 
 def _row(row: UsageRow) -> dict[str, object]:

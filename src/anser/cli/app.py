@@ -15,7 +15,7 @@ from cyclopts import App, CycloptsError
 
 from anser import __version__
 from anser.cli import chat, doctor, fleet, hub, ledger, members, serve, settings, top
-from anser.cli.common import STANDARD_INPUT
+from anser.cli.common import OPTIONS, STANDARD_INPUT
 from anser.cli.messages import tr
 from anser.cli.output import print_error, safe
 from anser.core.errors import AnserError, RequestError
@@ -26,7 +26,7 @@ EXIT_FAILED = 1
 EXIT_USAGE = 2
 EXIT_INTERRUPTED = 130
 
-_HELP = """Share machines and models, ask them, and check each other.
+_HELP = """Share machines and models, ask them, and check the receipt of each answer.
 
 Start with `anser serve`; then `anser chat`, from another terminal.
 """
@@ -39,6 +39,7 @@ app = App(
     help_epilogue=_EPILOGUE,
     version=__version__,
     help_format="plaintext",
+    group_parameters=OPTIONS,
 )
 _FIRST: tuple[Callable[..., object], ...] = (serve.serve, chat.chat, hub.models, top.top)
 _LAST: tuple[Callable[..., object], ...] = (ledger.usage, settings.config, doctor.doctor)

@@ -54,7 +54,7 @@ def chat(
     words
         A model, a question, or both; - stands for what is piped in.
     model
-        The model to ask; without it, the first that the platform has.
+        The model to ask; without it, the one that the platform would choose.
     system
         What to tell the model about its task.
     max_tokens
@@ -122,7 +122,8 @@ def _take(event: dict[str, Any], seen: dict[str, Any]) -> str:
 
 async def _models(control: Control) -> list[str]:
     found = await control.ask("GET", "/v1/models")
-    names = [str(model["id"]) for model in found["data"]]
+    rows = sorted(found["data"], key=lambda model: not model.get("default"))
+    names = [str(model["id"]) for model in rows]
     if not names:
         raise NoNode(tr("chat.no_model"))
     return names

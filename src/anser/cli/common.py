@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 __all__ = [
     "ANYWHERE",
     "AT_HOME",
+    "OPTIONS",
     "PLAIN",
     "STANDARD_INPUT",
     "Anywhere",
@@ -45,13 +46,15 @@ _Result = TypeVar("_Result")
 _UNITS_S = {"s": 1.0, "m": 60.0, "h": 3_600.0, "d": 86_400.0, "w": 604_800.0}
 _DURATION = re.compile(r"([0-9]{1,9})([smhdw])\Z")
 _GROUP = Group("Common options", sort_key=100)
+OPTIONS = Group("Options", sort_key=50)
+"""The heading over a command's own options."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Shape:
     """Options of every command: how to print."""
 
-    json: Annotated[bool, Parameter(negative="")] = False
+    json: Annotated[bool, Parameter(negative="", show_default=False)] = False
     """Print one JSON document for programs."""
 
 
@@ -60,7 +63,7 @@ class Home(Shape):
     """Options of a command on this machine: where the platform's data are."""
 
     data_dir: Path | None = None
-    """Data folder of the platform. [env var: ANSER_DATA_DIR]"""
+    """Data folder of the platform; ~/.local/share/anser if not given. [env var: ANSER_DATA_DIR]"""
     config: Path | None = None
     """Settings file. [env var: ANSER_CONFIG]"""
 

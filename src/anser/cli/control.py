@@ -22,7 +22,7 @@ import httpx
 
 from anser.cli.common import Place
 from anser.cli.messages import tr
-from anser.config import Config
+from anser.config import Config, Loaded
 from anser.core.errors import (
     AnserError,
     DataDirInUse,
@@ -106,7 +106,7 @@ async def connect(
         if place.url:
             yield await stack.enter_async_context(_remote(place.url, place.key))
             return
-        yield await _nearby(place.load().config, stack, engine=engine, progress=progress)
+        yield await _nearby(place.load(), stack, engine=engine, progress=progress)
 
 
 def socket_of(config: Config) -> Path:
@@ -156,16 +156,16 @@ async def over_socket(config: Config) -> AsyncGenerator[Control]:
 
 
 async def _nearby(
-    config: Config, stack: AsyncExitStack, *, engine: bool, progress: Progress | None
+    loaded: Loaded, stack: AsyncExitStack, *, engine: bool, progress: Progress | None
 ) -> Control:
     """The platform of this data folder, running or opened here; one that just starts is awaited."""
     loop = asyncio.get_running_loop()
     give_up_at = loop.time() + _START_TIMEOUT_S
     while True:
-        if await running(config):
-            return await stack.enter_async_context(over_socket(config))
+        if await running(loaded.config):
+            return await stack.enter_async_context(over_socket(loaded.config))
         try:
-            here = _in_process(config, engine=engine, progress=progress)
+            here = _in_process(loaded, engine=engine, progress=progress)
             return await stack.enter_async_context(here)
         except DataDirInUse:
             if loop.time() > give_up_at:
@@ -175,7 +175,7 @@ async def _nearby(
 
 @asynccontextmanager
 async def _in_process(
-    config: Config, *, engine: bool, progress: Progress | None
+    loaded: Loaded, *, engine: bool, progress: Progress | None
 ) -> AsyncGenerator[Control]:
     from anser.cli.logs import log_to_stderr
     from anser.cli.transport import AppTransport
@@ -183,7 +183,7 @@ async def _in_process(
 
     log_to_stderr(quiet=True)
     async with AsyncExitStack() as stack:
-        opened = open_platform(config, engine=engine, progress=progress)
+        opened = open_platform(loaded, engine=engine, progress=progress)
         platform = await stack.enter_async_context(opened)
         transport = AppTransport(platform.admin_app)
         client = httpx.AsyncClient(

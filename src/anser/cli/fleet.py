@@ -10,14 +10,17 @@ from cyclopts import App, Parameter
 from cyclopts.validators import Number
 
 from anser.cli.asking import ask
-from anser.cli.common import ANYWHERE, Anywhere, quoted
+from anser.cli.common import ANYWHERE, OPTIONS, Anywhere, quoted
 from anser.cli.messages import tr
 from anser.cli.output import print_json, print_line, print_table, safe
 
 __all__ = ["app"]
 
 app = App(
-    name="node", help="Machines that answer: any server that speaks the OpenAI API.", sort_key=10
+    name="node",
+    help="Machines that answer: any server that speaks the OpenAI API.",
+    sort_key=10,
+    group_parameters=OPTIONS,
 )
 
 
@@ -91,7 +94,7 @@ def list_nodes(*, at: Anywhere = ANYWHERE) -> None:
 
 @app.command(name="drain")
 def drain(node: str, /, *, at: Anywhere = ANYWHERE) -> None:
-    """Let a node finish what it runs and give it nothing new.
+    """Let a node finish what it runs and give it nothing new, until `anser node resume`.
 
     Example: `anser node drain 10.0.0.7-8000`
 
@@ -107,9 +110,27 @@ def drain(node: str, /, *, at: Anywhere = ANYWHERE) -> None:
         print_line(tr("node.drained", node=safe(node)))
 
 
+@app.command(name="resume")
+def resume(node: str, /, *, at: Anywhere = ANYWHERE) -> None:
+    """Give a drained node requests again.
+
+    Example: `anser node resume 10.0.0.7-8000`
+
+    Parameters
+    ----------
+    node
+        The node's id, from `anser node list`.
+    """
+    resumed = ask(at, "POST", f"/admin/v1/nodes/{quoted(node)}/resume", body={})
+    if at.json:
+        print_json(resumed)
+    else:
+        print_line(tr("node.resumed", node=safe(node)))
+
+
 @app.command(name="remove")
 def remove(node: str, /, *, at: Anywhere = ANYWHERE) -> None:
-    """Forget a node. What runs on it is lost or continued elsewhere; drain it first.
+    """Forget a node. What runs on it is cut off, so drain it first.
 
     Example: `anser node remove 10.0.0.7-8000`
 

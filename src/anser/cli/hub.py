@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from anser.cli.asking import ask
 from anser.cli.common import ANYWHERE, Anywhere
+from anser.cli.messages import tr
 from anser.cli.output import print_json, print_table
 
 __all__ = ["models"]
 
 
 def models(*, at: Anywhere = ANYWHERE) -> None:
-    """List the models that this platform's nodes offer.
+    """List the models of this platform, and whether a node can answer now.
 
     Example: `anser models`
     """
@@ -19,6 +20,13 @@ def models(*, at: Anywhere = ANYWHERE) -> None:
         print_json(found)
         return
     rows = [
-        (model["id"], model.get("owned_by"), model.get("context_length")) for model in found["data"]
+        (
+            model["id"],
+            model.get("context_length"),
+            model.get("nodes"),
+            ", ".join(model.get("engines", ())) or None,
+            tr("models.ready" if model.get("ready") else "models.not_ready"),
+        )
+        for model in found["data"]
     ]
-    print_table(("model", "from", "context"), rows)
+    print_table(("model", "context", "nodes", "engine", "state"), rows)

@@ -11,6 +11,7 @@ from cyclopts import App, Parameter
 from anser.cli.asking import ask
 from anser.cli.common import (
     ANYWHERE,
+    OPTIONS,
     PLAIN,
     STANDARD_INPUT,
     Anywhere,
@@ -25,7 +26,10 @@ from anser.core.errors import InvalidField
 __all__ = ["receipt_app", "usage"]
 
 receipt_app = App(
-    name="receipt", help="Receipts: the signed record that each request leaves.", sort_key=10
+    name="receipt",
+    help="Receipts: the signed record that each request leaves.",
+    sort_key=10,
+    group_parameters=OPTIONS,
 )
 _SUMS = (
     "requests",
@@ -37,6 +41,7 @@ _SUMS = (
 )
 _WEEK_S = 604_800.0
 _Since = Annotated[Duration, Parameter(show_default=False)]
+_Output = Annotated[Path | None, Parameter(alias="-o")]
 
 
 def usage(
@@ -66,7 +71,7 @@ def usage(
 
 
 @receipt_app.command(name="get")
-def get(request: str, /, *, output: Path | None = None, at: Anywhere = ANYWHERE) -> None:
+def get(request: str, /, *, output: _Output = None, at: Anywhere = ANYWHERE) -> None:
     """Fetch the receipt of one request, to keep or to check elsewhere.
 
     Example: `anser receipt get chatcmpl-1f2e --output receipt.json`
@@ -93,7 +98,7 @@ def get(request: str, /, *, output: Path | None = None, at: Anywhere = ANYWHERE)
 
 @receipt_app.command(name="verify")
 def verify(file: Path, /, *, public_key: str | None = None, at: Shaped = PLAIN) -> None:
-    """Check a receipt file, offline: that nothing in it was changed since it was signed.
+    """Check a receipt file, offline: that nothing in it changed since it was signed.
 
     Example: `anser receipt verify receipt.json --public-key 3b6a27bc...`
 

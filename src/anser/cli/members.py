@@ -10,20 +10,30 @@ from cyclopts import App, Parameter
 from cyclopts.validators import Number
 
 from anser.cli.asking import ask
-from anser.cli.common import ANYWHERE, Anywhere, Duration, moment, quoted
+from anser.cli.common import ANYWHERE, OPTIONS, Anywhere, Duration, moment, quoted
 from anser.cli.messages import tr
 from anser.cli.output import print_json, print_line, print_table, safe
+from anser.core.errors import InvalidField
 
 __all__ = ["key_app", "member_app"]
 
 member_app = App(
-    name="member", help="Who may use the platform: organisations, projects, persons.", sort_key=10
+    name="member",
+    help="Who may use the platform: organisations, projects, persons.",
+    sort_key=10,
+    group_parameters=OPTIONS,
 )
-key_app = App(name="key", help="Keys, which open the API for a member.", sort_key=10)
+key_app = App(
+    name="key",
+    help="Keys, which open the API for a member.",
+    sort_key=10,
+    group_parameters=OPTIONS,
+)
 
 _LIMITS = ("in_flight_max", "queued_max", "tokens_per_minute", "tokens_per_day")
 _TIMES = ("created_at", "expires_at", "revoked_at")
 _Count = Annotated[int | None, Parameter(validator=Number(gte=1))]
+_CountOrNone = Annotated[int | None, Parameter(validator=Number(gte=0))]
 _Weight = Annotated[float, Parameter(validator=Number(gt=0))]
 
 
@@ -41,7 +51,22 @@ class MemberLimits:
     """Tokens a day."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemberChanges:
+    """The limits to change; 0 takes one away, and what is not given stays."""
+
+    in_flight_max: _CountOrNone = None
+    """Requests at once, waiting or running."""
+    queued_max: _CountOrNone = None
+    """Waiting requests at once."""
+    tokens_per_minute: _CountOrNone = None
+    """Tokens a minute."""
+    tokens_per_day: _CountOrNone = None
+    """Tokens a day."""
+
+
 _NO_LIMITS = MemberLimits()
+_NO_CHANGES = MemberChanges()
 
 
 @member_app.command(name="add")
@@ -64,12 +89,52 @@ def add_member(
     weight
         Its share among its siblings; 2 gets twice what 1 gets.
     """
-    body = {"id": member, "weight": max(1, round(weight * 1_000)), "limits": asdict(limits)}
+    body = {"id": member, "weight": _thousandths(weight), "limits": asdict(limits)}
     added = ask(at, "POST", "/admin/v1/members", body=body)
     if at.json:
         print_json(added)
     else:
         print_line(tr("member.added", member=safe(str(added["id"]))))
+
+
+@member_app.command(name="set")
+def set_member(
+    member: str,
+    /,
+    *,
+    weight: _Weight | None = None,
+    limits: Annotated[MemberChanges, Parameter(name="*")] = _NO_CHANGES,
+    at: Anywhere = ANYWHERE,
+) -> None:
+    """Change a member's weight or limits, from now on; what is not given stays.
+
+    A limit of 0 takes the limit away. What was used so far stays counted.
+
+    Example: `anser member set physics --weight 3 --queued-max 0`
+
+    Parameters
+    ----------
+    member
+        Its path: org, org/project or org/project/person.
+    weight
+        Its share among its siblings; 2 gets twice what 1 gets.
+    """
+    changes = {name: most or None for name, most in asdict(limits).items() if most is not None}
+    body: dict[str, object] = {"id": member, "limits": changes}
+    if weight is not None:
+        body["weight"] = _thousandths(weight)
+    elif not changes:
+        raise InvalidField(tr("member.nothing"), param="weight")
+    changed = ask(at, "PATCH", "/admin/v1/members", body=body)
+    if at.json:
+        print_json(changed)
+    else:
+        print_line(tr("member.changed", member=safe(str(changed["id"]))))
+
+
+def _thousandths(weight: float) -> int:
+    """A weight as the API has it: whole thousandths, at least one."""
+    return max(1, round(weight * 1_000))
 
 
 @member_app.command(name="list")
@@ -95,9 +160,9 @@ def create_key(
     member: str,
     /,
     *,
-    label: str = "",
+    label: Annotated[str, Parameter(show_default=False)] = "",
     expires: Duration | None = None,
-    operator: Annotated[bool, Parameter(negative="")] = False,
+    operator: Annotated[bool, Parameter(negative="", show_default=False)] = False,
     at: Anywhere = ANYWHERE,
 ) -> None:
     """Make a key for a member. It is shown once, here, and stored only as a hash.

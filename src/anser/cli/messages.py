@@ -6,20 +6,37 @@ The language is $ANSER_LANG, else that of the locale ($LC_ALL, $LC_MESSAGES, $LA
 from __future__ import annotations
 
 import os
+import shlex
+import shutil
+import sys
 import tomllib
 from collections.abc import Mapping
 from functools import cache
 from importlib.resources import files
+from pathlib import Path
 
-__all__ = ["LANGUAGES", "catalogue", "language", "tr"]
+__all__ = ["LANGUAGES", "catalogue", "language", "program", "tr"]
 
 LANGUAGES = ("en", "zh")
 _VARIABLES = ("ANSER_LANG", "LC_ALL", "LC_MESSAGES", "LANG")
 
 
 def tr(key: str, /, **values: object) -> str:
-    """The text of `key` in the user's language, with {name} filled in from `values`."""
-    return catalogue(language(os.environ))[key].format(**values)
+    """The text of `key` in the user's language, with {name} filled in from `values`.
+
+    {anser} is this program, as it can be started.
+    """
+    return catalogue(language(os.environ))[key].format(anser=program(), **values)
+
+
+def program() -> str:
+    """What a person types to start this program again: its name, or its place if off the PATH."""
+    started, named = Path(sys.argv[0]), shutil.which("anser")
+    if started.name != "anser":
+        return f"{shlex.quote(sys.executable)} -m anser"
+    if named is not None and Path(named).resolve() == started.resolve():
+        return "anser"
+    return shlex.quote(str(started.absolute()))
 
 
 def language(environ: Mapping[str, str]) -> str:

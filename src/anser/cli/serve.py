@@ -8,7 +8,6 @@ import os
 import shlex
 import sys
 from contextlib import ExitStack
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Protocol
 
 from cyclopts import Parameter
@@ -21,7 +20,7 @@ from anser.cli.progress import Steps, shown_progress
 from anser.core.errors import AnserError
 
 if TYPE_CHECKING:
-    from anser.config import Config
+    from anser.config import Config, Loaded
     from anser.platform import Listening
     from anser.ports import Progress
 
@@ -37,13 +36,13 @@ def serve(
     port: int | None = None,
     model: str | None = None,
     engine: bool | None = None,
-    mint_key: Annotated[bool, Parameter(name="--key")] = True,
+    mint_key: Annotated[bool, Parameter(name="--key", show_default=False)] = True,
     at: AtHome = AT_HOME,
 ) -> None:
     """Start a platform here. It prints its address, a key, and how to ask it.
 
-    The first start fetches a small default model. Ctrl-C or SIGTERM lets running answers finish;
-    a second one cuts them short.
+    The first start fetches a small default model, about 100 MB. Ctrl-C or SIGTERM
+    lets running answers finish; a second one cuts them short.
 
     Examples: `anser serve`, `anser serve --port 0 --data-dir /tmp/try`,
     `anser serve --model hf:org/repo/file.gguf`, `anser serve --no-engine`
@@ -59,7 +58,7 @@ def serve(
     engine
         Run a model in this process, or not: then only the nodes that are added answer.
     mint_key
-        Make a key for this start, valid for 30 days.
+        Make a key for this start, valid for 30 days, or make none.
     """
     given: dict[str, object] = {
         "server.host": host,
@@ -70,13 +69,13 @@ def serve(
     overrides: dict[str, object] = {
         path: value for path, value in given.items() if value is not None
     }
-    config = at.load(overrides).config
+    loaded = at.load(overrides)
     from anser.wire.doors import serving_loop
 
     with ExitStack() as stack:
-        teller: Teller = Events() if at.json else People(config.data_dir)
+        teller: Teller = Events() if at.json else People(loaded)
         progress = teller.progress(stack)
-        run(_serve(config, teller, progress, mint_key=mint_key), serving_loop)
+        run(_serve(loaded, teller, progress, mint_key=mint_key), serving_loop)
     teller.stopped()
 
 
@@ -150,8 +149,10 @@ class Events:
 class People:
     """A few lines that one can act on."""
 
-    def __init__(self, data_dir: Path) -> None:
-        self._data_dir = data_dir
+    def __init__(self, loaded: Loaded) -> None:
+        self._data_dir = str(loaded.config.data_dir)
+        usual = loaded.sources["data_dir"] == "default"
+        self._at = "" if usual else f" --data-dir {shlex.quote(safe(self._data_dir))}"
 
     def progress(self, stack: ExitStack) -> Progress:
         """A bar on a terminal, lines elsewhere."""
@@ -166,14 +167,16 @@ class People:
         elif listening.anonymous:
             _say(tr("serve.anonymous"))
         else:
-            _say(tr("serve.no_key"))
-        _say(tr("serve.data", folder=safe(str(self._data_dir))))
+            _say(tr("serve.no_key", at=self._at))
+        _say(tr("serve.data", folder=safe(self._data_dir)))
         if listening.admin_url is not None:
             _say(tr("serve.admin", address=safe(listening.admin_url)))
         if listening.model is None:
-            _say(tr("serve.no_engine"))
-        _say("", tr("serve.ask_curl"), "", curl_line(listening))
-        _say("", tr("serve.ask_python"), "", *python_lines(listening))
+            _say(tr("serve.no_model", at=self._at))
+        else:
+            _say(tr("serve.model", model=safe(listening.model)))
+            _say("", tr("serve.ask_curl"), "", curl_line(listening, listening.model))
+            _say("", tr("serve.ask_python"), "", *python_lines(listening, listening.model))
         _say("", tr("serve.stop"))
 
     def model(self, name: str, trouble: str | None) -> None:
@@ -181,7 +184,8 @@ class People:
         if trouble is None:
             _say(tr("serve.ready", model=safe(name)))
         else:
-            _say(tr("serve.failed", model=safe(name), reason=safe(trouble)))
+            reason = safe(trouble)
+            _say(tr("serve.failed", model=safe(name), reason=reason, at=self._at))
 
     def stopping(self) -> None:
         """What is waited for."""
@@ -192,9 +196,9 @@ class People:
         _say(tr("serve.stopped"))
 
 
-def curl_line(listening: Listening) -> str:
+def curl_line(listening: Listening, model: str) -> str:
     """One line for a shell that asks this platform."""
-    body = {"model": _model(listening), "messages": [{"role": "user", "content": "Hello!"}]}
+    body = {"model": model, "messages": [{"role": "user", "content": "Hello!"}]}
     free = listening.key is None and listening.anonymous
     key = "" if free else f' -H "Authorization: Bearer {_key(listening)}"'
     return (
@@ -203,20 +207,20 @@ def curl_line(listening: Listening) -> str:
     )
 
 
-def python_lines(listening: Listening) -> list[str]:
+def python_lines(listening: Listening, model: str) -> list[str]:
     """A program that asks this platform with the official client."""
     return [
         "from openai import OpenAI",
         f'client = OpenAI(base_url="{listening.url}/v1", api_key="{_key(listening)}")',
         "answer = client.chat.completions.create(",
-        f"    model={json.dumps(_model(listening))},",
+        f"    model={json.dumps(model)},",
         '    messages=[{"role": "user", "content": "Hello!"}],',
         ")",
         "print(answer.choices[0].message.content)",
     ]
 
 
-async def _serve(config: Config, teller: Teller, progress: Progress, *, mint_key: bool) -> None:
+async def _serve(loaded: Loaded, teller: Teller, progress: Progress, *, mint_key: bool) -> None:
     from anser.cli.logs import log_to_stderr
     from anser.platform import serve as serve_platform
 
@@ -226,12 +230,12 @@ async def _serve(config: Config, teller: Teller, progress: Progress, *, mint_key
 
         def announce(listening: Listening) -> None:
             teller.listening(listening)
-            if listening.model is not None:
-                watch = _watch(config, listening.model, teller)
+            if listening.model is not None and loaded.config.engine.enabled:
+                watch = _watch(loaded.config, listening.model, teller)
                 watches.append(tasks.create_task(watch))
 
         await serve_platform(
-            config,
+            loaded,
             announce=announce,
             progress=progress,
             mint_key=mint_key,
@@ -275,7 +279,3 @@ def _key(listening: Listening) -> str:
     if listening.key is not None:
         return listening.key
     return "anonymous" if listening.anonymous else "YOUR_KEY"
-
-
-def _model(listening: Listening) -> str:
-    return listening.model or "MODEL"

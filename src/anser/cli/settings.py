@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from functools import reduce
 from typing import Any, cast
 
-from anser.cli.asking import ask
-from anser.cli.common import ANYWHERE, Anywhere
+from anser.cli.common import ANYWHERE, Anywhere, Place, run
 from anser.cli.messages import tr
 from anser.cli.output import print_json, print_line, print_table, safe
 
@@ -14,43 +12,35 @@ __all__ = ["config"]
 
 
 def config(*, at: Anywhere = ANYWHERE) -> None:
-    """Show every setting with its value and where it came from; with --url, another platform's.
+    """Show every setting with its value and where it came from.
 
-    Settings come from defaults, then the settings file, the environment, and the command line.
+    They are those of the platform that runs on this data folder, or of another
+    with --url; where none runs, those that one would start with. Settings come
+    from defaults, the settings file, the environment, and the command line.
 
     Example: `anser config --data-dir /srv/anser`
     """
-    found = ask(at, "GET", "/admin/v1/config") if at.url else _here(at)
+    found = run(_found(at))
     if at.json:
         print_json(found)
         return
-    rows = [
-        (row["path"], _shown(row["value"]), row.get("source", tr("config.remote")))
-        for row in found["settings"]
-    ]
+    rows = [(row["path"], _shown(row["value"]), row["source"]) for row in found["settings"]]
     print_table(("setting", "value", "source"), rows)
+    file = found["file"]
+    print_line(tr("config.file", file=safe(file)) if file else tr("config.no_file"))
+
+
+async def _found(at: Place) -> dict[str, Any]:
+    """What the platform says; where none runs, the same without opening the data folder."""
+    from anser.cli.control import connect, running
+    from anser.config import shown
+
     if not at.url:
-        file = found["file"]
-        print_line(tr("config.file", file=safe(file)) if file else tr("config.no_file"))
-
-
-def _here(at: Anywhere) -> dict[str, Any]:
-    from anser.config import settings
-
-    loaded = at.load()
-    rows: list[dict[str, object]] = [
-        {
-            "path": setting.path,
-            "value": reduce(getattr, setting.path.split("."), loaded.config),
-            "default": setting.default,
-            "source": loaded.sources[setting.path],
-            "environment": setting.environment,
-            "meaning": setting.doc,
-        }
-        for setting in settings()
-    ]
-    rows[0]["value"] = str(loaded.config.data_dir)
-    return {"file": None if loaded.file is None else str(loaded.file), "settings": rows}
+        loaded = at.load()
+        if not await running(loaded.config):
+            return shown(loaded)
+    async with connect(at) as control:
+        return await control.ask("GET", "/admin/v1/config")
 
 
 def _shown(value: object) -> str:

@@ -22,7 +22,7 @@ __all__ = ["top"]
 
 def top(
     *,
-    once: Annotated[bool, Parameter(negative="")] = False,
+    once: Annotated[bool, Parameter(negative="", show_default=False)] = False,
     interval: Annotated[float, Parameter(validator=Number(gte=0.2, lte=3_600))] = 1.0,
     at: Anywhere = ANYWHERE,
 ) -> None:

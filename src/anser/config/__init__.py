@@ -7,6 +7,7 @@ one-line description; `settings()` lists them and the reference is checked again
 from __future__ import annotations
 
 from anser.config.loading import Loaded, load, split_address
+from anser.config.shown import shown, without_password
 from anser.config.values import (
     Config,
     EngineSettings,
@@ -29,5 +30,7 @@ __all__ = [
     "Value",
     "load",
     "settings",
+    "shown",
     "split_address",
+    "without_password",
 ]

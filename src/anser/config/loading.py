@@ -34,6 +34,12 @@ class Loaded:
     sources: Mapping[str, str]  # "default", a file's path, an environment name, "command line"
     file: Path | None  # the file that was read
 
+    @classmethod
+    def of(cls, config: Config) -> Loaded:
+        """A Config that was made and not read: all of it counts as given on the command line."""
+        sources = dict.fromkeys((setting.path for setting in settings()), "command line")
+        return cls(config=config, sources=sources, file=None)
+
 
 _TRUE = frozenset(("true", "on", "yes", "1"))
 _FALSE = frozenset(("false", "off", "no", "0"))

@@ -101,7 +101,10 @@ class MemberSettings:
         1_000, "Weight of all anonymous use, in thousandths.", low=1, high=1_000_000_000
     )
     in_flight_max: int = _setting(
-        64, "Requests at once per member, unless its own limit is set.", low=1, high=1_000_000
+        512,
+        "Requests per member, waiting and running, unless its own limit is set.",
+        low=1,
+        high=1_000_000,
     )
     queued_max: int = _setting(
         256, "Waiting requests per member, unless its own limit is set.", low=1, high=1_000_000

@@ -6,6 +6,9 @@ is exact. A request takes its estimate when it is admitted and gives back or pay
 when it ends; a bucket may therefore be in debt. Times are monotonic seconds, so a clock that jumps
 changes nothing.
 
+A request is open from its admission to its end, and queued while it waits for a slot: the one limit
+bounds both kinds together, the other those that wait.
+
 Invariants: 0 <= queued <= open; a bucket's level never exceeds its limit.
 """
 
@@ -79,7 +82,8 @@ class Allowance:
         limits = self.limits
         if limits.in_flight_max is not None and self.open >= limits.in_flight_max:
             raise LimitReached(
-                f"{member} has {self.open} requests in flight, the most that it may.",
+                f"{member} has {self.open} requests in flight, waiting or running,"
+                " the most that it may.",
                 retry_after_s=1.0,
             )
         if limits.queued_max is not None and self.queued >= limits.queued_max:
@@ -102,12 +106,28 @@ class Allowance:
         for bucket in self._buckets():
             bucket.take(tokens, now)
 
+    def change(self, limits: Limits, now: float) -> None:
+        """Other limits from now on; what is open and what was used stays counted."""
+        self.limits = limits
+        self.minute = _changed(self.minute, limits.tokens_per_minute, MINUTE_S, now)
+        self.day = _changed(self.day, limits.tokens_per_day, DAY_S, now)
+
     def _buckets(self) -> list[Bucket]:
         return [bucket for bucket in (self.minute, self.day) if bucket is not None]
 
 
 def _bucket(limit: int | None, period_s: float) -> Bucket | None:
     return Bucket(limit, period_s) if limit else None
+
+
+def _changed(
+    before: Bucket | None, limit: int | None, period_s: float, now: float
+) -> Bucket | None:
+    after = _bucket(limit, period_s)
+    if before is not None and after is not None:
+        after.at = now
+        after.level -= before.limit - before.available(now)
+    return after
 
 
 def _check_bucket(bucket: Bucket, period: str, member: str, tokens: int, now: float) -> None:

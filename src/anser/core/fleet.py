@@ -20,13 +20,14 @@ import re
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from enum import Enum
+from enum import Enum, Flag, auto
 
 from anser.core.errors import InvalidField
 from anser.core.limits import MODEL_NAME_CHARS_MAX, NODE_MODELS_MAX, NODE_SLOTS_MAX
 
 __all__ = [
     "SLOTS_DEFAULT",
+    "Ability",
     "Answered",
     "Drained",
     "Endpoint",
@@ -38,6 +39,7 @@ __all__ = [
     "Node",
     "NodeState",
     "Offer",
+    "Resumed",
     "ServedModel",
     "Silent",
     "StreamFailed",
@@ -62,6 +64,19 @@ class EngineKind(Enum):
     OPENAI = "openai"  # anything else that speaks the OpenAI API
 
 
+class Ability(Flag):
+    """What a model can be asked for."""
+
+    CHAT = auto()  # and plain completions
+    EMBEDDINGS = auto()
+    BOTH = CHAT | EMBEDDINGS  # also where an engine does not tell: it will say so when asked
+
+    @property
+    def words(self) -> list[str]:
+        """As the API writes it."""
+        return [str(ability.name).lower() for ability in self]
+
+
 class NodeState(Enum):
     """Where a node is in its life."""
 
@@ -84,6 +99,11 @@ class Node:
     jurisdiction: str | None = None  # ISO 3166-1 alpha-2
     draining: bool = False
 
+    @property
+    def own(self) -> bool:
+        """Whether it is the engine of the platform's own process."""
+        return self.url == "builtin:"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServedModel:
@@ -91,7 +111,7 @@ class ServedModel:
 
     name: str
     context_tokens: int | None = None
-    embeddings: bool = False
+    ability: Ability = Ability.BOTH
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -114,7 +134,7 @@ class Offer:
     engine: EngineKind
     context_tokens: int | None = None
     jurisdiction: str | None = None
-    embeddings: bool = False  # it makes embeddings, and nothing else
+    ability: Ability = Ability.BOTH
 
 
 # How many answers at once each kind of engine gives when it does not tell: what they do as
@@ -233,7 +253,7 @@ def _offer(node: Node, kind: EngineKind, name: str, model: ServedModel) -> Offer
         engine=kind,
         context_tokens=model.context_tokens,
         jurisdiction=node.jurisdiction,
-        embeddings=model.embeddings,
+        ability=model.ability,
     )
 
 
@@ -298,11 +318,16 @@ class Drained:
 
 
 @dataclass(frozen=True, slots=True)
+class Resumed:
+    """It shall take requests again."""
+
+
+@dataclass(frozen=True, slots=True)
 class Ticked:
     """Time has passed."""
 
 
-HealthEvent = Answered | Silent | StreamFinished | StreamFailed | Drained | Ticked
+HealthEvent = Answered | Silent | StreamFinished | StreamFailed | Drained | Resumed | Ticked
 
 
 class _Reach(Enum):
@@ -383,6 +408,8 @@ class Health:
                 self._fail(now, jitter)
             case Drained():
                 self._draining = True
+            case Resumed():
+                self._draining = False
             case _:  # Ticked: what time does has been done above
                 pass
         return self.state

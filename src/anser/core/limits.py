@@ -17,6 +17,8 @@ __all__ = [
     "DOWNLOAD_RETRIES_MAX",
     "DOWNLOAD_WAIT_S",
     "ECHO_CHARS_MAX",
+    "EMBEDDINGS_BYTES_MAX",
+    "EMBEDDING_BATCH_MAX",
     "EMBEDDING_INPUTS_MAX",
     "EMBEDDING_TOKENS_MAX",
     "ENGINE_BUFFER_BYTES",
@@ -55,6 +57,7 @@ __all__ = [
     "NODE_MODELS_MAX",
     "NODE_SLOTS_MAX",
     "PACKAGE_INDEX_TIMEOUT_S",
+    "PROMPTS_MAX",
     "QUEUED_MAX",
     "QUEUE_TIMEOUT_S",
     "RECEIPTS_PENDING_MAX",
@@ -68,6 +71,7 @@ __all__ = [
     "SCHEMA_NODES_MAX",
     "SCHEMA_PATTERN_ATOMS_MAX",
     "SCHEMA_PATTERN_CHARS_MAX",
+    "START_WAIT_S",
     "STOP_CHARS_MAX",
     "STOP_MAX",
     "STORE_BUSY_S",
@@ -98,6 +102,7 @@ KEY_CHARS_MAX = 256
 ECHO_CHARS_MAX = 100  # of the caller's own text in an error message
 MESSAGES_MAX = 4_096
 ANSWERS_MAX = 8  # `n`
+PROMPTS_MAX = 128  # of one completions request, each of its `n` answers counted
 STOP_MAX = 16
 STOP_CHARS_MAX = 1_024
 TOOLS_MAX = 128
@@ -109,11 +114,14 @@ SCHEMA_EXPANDED_MAX = 10_000  # the same, once every $ref is written out
 SCHEMA_ENUM_MAX = 500  # values in all enums: an engine's cost per token grows with them
 SCHEMA_PATTERN_CHARS_MAX = 512
 SCHEMA_PATTERN_ATOMS_MAX = 1_000  # of one pattern, once its repetitions are written out
-EMBEDDING_INPUTS_MAX = 256
+EMBEDDING_INPUTS_MAX = 2_048
+EMBEDDING_BATCH_MAX = 256  # inputs that an engine gets at once
+EMBEDDINGS_BYTES_MAX = 64 * 1024 * 1024  # of all vectors in one answer
 
 # What one request may take.
 COMPLETION_TOKENS_DEFAULT = 1_024  # when the caller names no maximum
 QUEUE_TIMEOUT_S = 120.0
+START_WAIT_S = 3_600.0  # for a model that is still being fetched or loaded
 FIRST_TOKEN_TIMEOUT_S = 120.0
 TOKEN_GAP_TIMEOUT_S = 30.0
 RETRIES_MAX = 3

@@ -29,6 +29,7 @@ __all__ = [
     "bucket_of",
     "check_member_id",
     "hash_key",
+    "is_key_shaped",
     "key_text",
 ]
 
@@ -37,6 +38,7 @@ BUCKETS = 1_024
 KEY_PREFIX = "hf_"
 _ALPHABET = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789"
 _KEY_LETTERS = 43  # 62**43 > 2**256
+_KEY = re.compile(rf"{KEY_PREFIX}[A-Za-z0-9]+\Z")
 _PART = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}\Z")
 
 
@@ -115,6 +117,15 @@ def key_text(entropy: bytes) -> str:
         number, digit = divmod(number, len(_ALPHABET))
         letters.append(_ALPHABET[digit])
     return KEY_PREFIX + "".join(letters)
+
+
+def is_key_shaped(text: str) -> bool:
+    """Whether this could be a key's text: clients send placeholders, too.
+
+    >>> is_key_shaped("hf_abc"), is_key_shaped("EMPTY"), is_key_shaped("hf_")
+    (True, False, False)
+    """
+    return _KEY.match(text) is not None
 
 
 def hash_key(text: str, *, pepper: bytes) -> bytes:

@@ -1,6 +1,6 @@
 """What an engine's chunk says: how many tokens it carries, whether it ends the answer, its usage.
 
-A chunk is read only as far as counting needs; its bytes go on to the client as they came. The
+A chunk is read only as far as counting needs; its bytes go on as they came. The
 engine's own usage is believed within bounds that follow from the text itself: a token is at most
 one chunk's worth and at least one byte, so a claim outside of these is the engine's error.
 """
@@ -16,7 +16,16 @@ from anser.core.errors import EngineBroken
 from anser.core.ledger import Usage
 from anser.core.limits import STREAM_BUFFER_MAX
 
-__all__ = ["Piece", "Tally", "cut_short", "read_embedding_usage", "read_opening"]
+__all__ = [
+    "Delta",
+    "Function",
+    "Piece",
+    "Tally",
+    "ToolCall",
+    "cut_short",
+    "read_embedding_usage",
+    "read_opening",
+]
 
 _CLAIM_SLACK = 8  # tokens without text: end of turn, tool-call markers
 _TEMPLATE_SLACK = 2_048  # prompt tokens that a chat template and tools may add
@@ -31,21 +40,29 @@ class Piece:
     usage: Usage | None = None
 
 
-class _Function(msgspec.Struct):
+class Function(msgspec.Struct):
+    """A piece of a called function."""
+
     name: str | None = None
     arguments: str | None = None
 
 
-class _ToolCall(msgspec.Struct):
-    function: _Function | None = None
+class ToolCall(msgspec.Struct):
+    """A piece of the tool call `index`."""
+
+    index: int = 0
+    id: str | None = None
+    function: Function | None = None
 
 
-class _Delta(msgspec.Struct):
+class Delta(msgspec.Struct):
+    """What one chunk adds to a chat message."""
+
     content: str | None = None
     reasoning: str | None = None
     reasoning_content: str | None = None
     refusal: str | None = None
-    tool_calls: list[_ToolCall] | None = None
+    tool_calls: list[ToolCall] | None = None
 
 
 class _Logprobs(msgspec.Struct):
@@ -55,7 +72,7 @@ class _Logprobs(msgspec.Struct):
 
 class _Choice(msgspec.Struct):
     index: int = 0
-    delta: _Delta | None = None
+    delta: Delta | None = None
     text: str | None = None
     logprobs: _Logprobs | None = None
     finish_reason: str | None = None
@@ -164,7 +181,7 @@ def cut_short(data: bytes) -> bytes:
     return msgspec.json.encode(chunk)
 
 
-def _delta_bytes(delta: _Delta) -> int:
+def _delta_bytes(delta: Delta) -> int:
     reasoning = delta.reasoning or delta.reasoning_content
     size = sum(len(part.encode()) for part in (delta.content, reasoning, delta.refusal) if part)
     for call in delta.tool_calls or ():

@@ -47,6 +47,7 @@ from anser.core.fleet import (
     Node,
     NodeState,
     Offer,
+    Resumed,
     Silent,
     StreamFailed,
     StreamFinished,
@@ -78,6 +79,11 @@ class NodeStatus:
     offers: tuple[Offer, ...] = ()
     error: str | None = None
     latency_s: float | None = None  # of its last answer to what it serves
+
+    @property
+    def ready(self) -> bool:
+        """Whether it is up and serves something."""
+        return self.state is NodeState.UP and bool(self.offers)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -205,10 +211,17 @@ class Fleet:
 
     async def drain(self, id_: str) -> None:
         """Let a node finish what runs on it and give it nothing new. Raises NotFound."""
+        await self._keep(id_, draining=True)
+
+    async def resume(self, id_: str) -> None:
+        """Give a drained node requests again; one that is not drained stays. Raises NotFound."""
+        await self._keep(id_, draining=False)
+
+    async def _keep(self, id_: str, *, draining: bool) -> None:
         async with self._changing:
             entry = self._find(id_)
-            entry.node = replace(entry.node, draining=True)
-            self._tell(entry, Drained())
+            entry.node = replace(entry.node, draining=draining)
+            self._tell(entry, Drained() if draining else Resumed())
             if not entry.attached:
                 await self._store.put_node(entry.node)
 

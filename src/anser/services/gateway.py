@@ -29,7 +29,6 @@ from anser.core.errors import (
     ModelNotFound,
     NoNode,
     Overloaded,
-    QueueTimeout,
     ShuttingDown,
 )
 from anser.core.events import (
@@ -61,8 +60,8 @@ from anser.services.chunks import (
 )
 from anser.services.fleet import Fleet
 from anser.services.ledger import Ledger
-from anser.services.members import Members
-from anser.services.run import Demand, Run, call_for
+from anser.services.members import Members, Reservation
+from anser.services.run import Demand, Patience, Run, call_for
 from anser.services.stats import NodeRow, Snapshot, Stats
 
 __all__ = ["Answer", "Demand", "Embedded", "Gateway", "NodeRow", "Snapshot"]
@@ -140,13 +139,15 @@ class Gateway:
         assert self.scheduler.queued + self.scheduler.running <= len(self._runs), self
 
     @asynccontextmanager
-    async def answer(self, demand: Demand) -> AsyncGenerator[Answer]:
-        """Admit, queue and start `demand`; yields once its first chunk is there.
+    async def answer(
+        self, demand: Demand, place: Reservation | None = None
+    ) -> AsyncGenerator[Answer]:
+        """Admit, queue and start `demand`, in a `place` if it has one; yields at its first chunk.
 
         Leaving the context before the pieces end cancels the request. Raises LimitReached,
         ModelNotFound, NoNode, QueueTimeout, EngineError, EngineRefused, ShuttingDown.
         """
-        run = self._admit(demand)
+        run = self._admit(demand, place)
         async with AsyncExitStack() as stream:
             try:
                 chunks = await self._first_chunk(run, stream)
@@ -170,9 +171,9 @@ class Gateway:
                     finally:  # also when cancelled once more meanwhile
                         self._cancel(run)
 
-    async def embed(self, demand: Demand) -> Embedded:
+    async def embed(self, demand: Demand, place: Reservation | None = None) -> Embedded:
         """Admit, queue and answer an embeddings demand. Raises as `answer` does."""
-        run = self._admit(demand)
+        run = self._admit(demand, place)
         try:
             data = await self._embed(run)
             usage = read_embedding_usage(data, run.tally)
@@ -209,11 +210,11 @@ class Gateway:
 
     # Admission
 
-    def _admit(self, demand: Demand) -> Run:
+    def _admit(self, demand: Demand, place: Reservation | None) -> Run:
         if self.draining:
             raise ShuttingDown("This platform is stopping.", retry_after_s=_RETRY_AFTER_S)
         self._check_model(demand.model)
-        reservation = self.members.reserve(
+        reservation = place or self.members.reserve(
             demand.member,
             prompt_tokens=demand.prompt_tokens,
             output_tokens_max=demand.output_tokens_max,
@@ -221,7 +222,7 @@ class Gateway:
         run = Run(
             demand=demand,
             reservation=reservation,
-            queued_at=self.clock.now(),
+            patience=Patience(self.clock.now(), self.settings.queue_timeout_s),
             queued_ms=self._wall_ms(),
             ready=asyncio.get_running_loop().create_future(),
             tally=Tally(demand.prompt_tokens, demand.prompt_bytes),
@@ -239,18 +240,22 @@ class Gateway:
         self._handle(Submitted(request=request))
         if run.ready.done() and (refusal := run.ready.exception()) is not None:
             self._remove(run)  # refused at once: it was never in flight
-            run.reservation.settle(prompt_tokens=0, completion_tokens=0)
+            run.reservation.withdraw()
             raise refusal
         return run
 
     def _check_model(self, model: str) -> None:
-        offers = self.fleet.models().get(model)
-        if not offers:
+        states = self._states(model)
+        if not states:
             raise ModelNotFound(f"There is no model {model!r} here.", param="model")
-        down = {NodeState.DOWN, NodeState.DRAINING}
-        if all(self.fleet.status(offer.node).state in down for offer in offers):
+        if states <= {NodeState.DOWN, NodeState.DRAINING}:
             message = f"No node serves {model} now."
             raise NoNode(message, param="model", retry_after_s=_RETRY_AFTER_S)
+
+    def _states(self, model: str) -> set[NodeState]:
+        """The states that the nodes of this model are in."""
+        offers = self.fleet.models().get(model, ())
+        return {self.fleet.status(offer.node).state for offer in offers}
 
     # From the queue to the first chunk
 
@@ -305,13 +310,9 @@ class Gateway:
 
     async def _lease(self, run: Run) -> Lease:
         """Wait for a slot. Raises QueueTimeout, Overloaded, or the last node's error."""
-        left_s = self.settings.queue_timeout_s - (self.clock.now() - run.queued_at)
-        try:
-            async with asyncio.timeout(max(left_s, 0.0)):
-                lease = await run.ready
-        except TimeoutError:
-            message = f"No slot became free in {self.settings.queue_timeout_s:.0f} s."
-            raise QueueTimeout(message, retry_after_s=_RETRY_AFTER_S) from None
+        lease = await run.started(
+            self.clock, lambda: self._states(run.demand.model) == {NodeState.STARTING}
+        )
         run.reservation.started()
         self.stats.queue_s.observe(self.clock.now() - run.queued_at)
         return lease

@@ -3,19 +3,28 @@
 Theory of operation. All members and keys are held in memory; the store is written first, so what
 is answered has lasted. A key is found by its keyed hash in one dict look-up; no secret is ever
 compared. A reservation checks and takes on the whole path from organisation to person between two
-awaits, so two requests can never both take the last place.
+awaits, so two requests can never both take the last place; several places are taken together, or
+none of them.
 """
 
 from __future__ import annotations
 
+import asyncio
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from anser.config import MemberSettings
 from anser.core import limits
 from anser.core.allowance import Allowance
-from anser.core.errors import Conflict, NotFound, Overloaded, Unauthenticated
+from anser.core.errors import (
+    Conflict,
+    InvalidField,
+    LimitReached,
+    NotFound,
+    Overloaded,
+    Unauthenticated,
+)
 from anser.core.members import (
     ANONYMOUS,
     Key,
@@ -86,9 +95,18 @@ class Reservation:
         """The request has ended: put what it really took in place of the estimate. Idempotent."""
         if self._settled:
             return
+        self._end()
+        self.members.settle(self, prompt_tokens=prompt_tokens, completion_tokens=completion_tokens)
+
+    def withdraw(self) -> None:
+        """The request has never been admitted: give everything back. Idempotent."""
+        if not self._settled:
+            self._end()
+            self.members.withdraw(self)
+
+    def _end(self) -> None:
         self.started()
         self._settled = True
-        self.members.settle(self, prompt_tokens=prompt_tokens, completion_tokens=completion_tokens)
 
     def accounts(self) -> tuple[_Account, ...]:
         """The path's accounts, the organisation's first."""
@@ -114,6 +132,7 @@ class Members:
     _accounts: dict[tuple[str, bool], _Account] = field(
         default_factory=dict[tuple[str, bool], _Account]
     )
+    _changing: asyncio.Lock = field(default_factory=asyncio.Lock)  # one change after the other
     _listeners: list[Callable[[str, int], None]] = field(
         default_factory=list[Callable[[str, int], None]]
     )
@@ -176,6 +195,11 @@ class Members:
         """All members, by id."""
         return sorted(self._members.values(), key=lambda member: member.id)
 
+    def check_known(self, member: str) -> None:
+        """Raise NotFound unless there is such a member; all anonymous networks count as there."""
+        if member not in self._members and not member.startswith(f"{ANONYMOUS}/"):
+            raise NotFound(f"There is no member {member[:64]!r}.", param="member")
+
     def weight(self, member: str) -> int:
         """The member's weight among its siblings, in thousandths."""
         known = self._members.get(member)
@@ -206,6 +230,34 @@ class Members:
         self._accounts.pop((member, False), None)
         self._tell(added)
         return added
+
+    async def set_member(
+        self, member: str, *, weight: int | None = None, changes: Mapping[str, int | None]
+    ) -> Member:
+        """Change a member's weight, and the limits that `changes` names; None takes one away.
+
+        What its requests have used and hold stays counted. Raises NotFound, Conflict.
+        """
+        async with self._changing:
+            before = self._members.get(member)
+            if before is None:
+                raise NotFound(f"There is no member {member}.", param="member")
+            if member == ANONYMOUS:
+                raise Conflict("The anonymous member is set by members.* settings.", param="member")
+            changed = replace(
+                before,
+                weight=before.weight if weight is None else weight,
+                limits=replace(before.limits, **changes),
+            )
+            await self.store.put_member(changed)
+            self._members[member] = changed
+        for leaf in (True, False):
+            account = self._accounts.get((member, leaf))
+            if account is not None:
+                limits_now = self._limits(member, leaf=leaf)
+                account.allowance.change(limits_now, self.clock.now())
+        self._tell(changed)
+        return changed
 
     def keys(self, member: str | None = None) -> list[Key]:
         """The keys of one member, or all, the oldest first."""
@@ -266,18 +318,71 @@ class Members:
             account.allowance.take(tokens, now)
         return Reservation(self, member, tokens, path)
 
+    def reserve_all(
+        self, member: str, tokens: Sequence[tuple[int, int]], *, param: str | None = None
+    ) -> list[Reservation]:
+        """A place for each request of one call, by its prompt and its longest answer; or none.
+
+        Token limits take the call as one request: it fits when they are full, however long.
+        Raises LimitReached, or InvalidField for `param` where so many can never have a place.
+        """
+        most = self._places_max(member)
+        if len(tokens) > most:
+            message = (
+                f"{_public_name(member)} may have {most} requests waiting;"
+                f" this call is {len(tokens)} of them. Send fewer in one call."
+            )
+            raise InvalidField(message, param=param)
+        now, path = self.clock.now(), self._path(member)
+        usual = round(path[-1].output_tokens)
+        sizes = [prompt + min(output, usual) for prompt, output in tokens]
+        for name, account in zip((*ancestry(member), member), path, strict=True):
+            account.allowance.check(_public_name(name), tokens=sum(sizes), now=now)
+        places: list[Reservation] = []
+        try:
+            while len(places) < len(sizes):
+                places.append(self.reserve(member, prompt_tokens=0, output_tokens_max=0))
+        except LimitReached:
+            for place in places:
+                place.withdraw()
+            raise
+        for place, size in zip(places, sizes, strict=True):
+            place.tokens = size
+            for account in path:
+                account.allowance.adjust(size, now)
+        return places
+
     def settle(
         self, reservation: Reservation, *, prompt_tokens: int, completion_tokens: int
     ) -> None:
         """Correct a reservation to what its request took; called once, by the reservation."""
-        now, change = self.clock.now(), prompt_tokens + completion_tokens - reservation.tokens
-        path = reservation.accounts()
+        leaf = reservation.accounts()[-1]
+        leaf.output_tokens += _OUTPUT_MEMORY * (completion_tokens - leaf.output_tokens)
+        self._free(reservation, prompt_tokens + completion_tokens)
+
+    def withdraw(self, reservation: Reservation) -> None:
+        """Give a reservation back, as if it had never been; called once, by the reservation."""
+        self._free(reservation, 0)
+
+    def _free(self, reservation: Reservation, taken: int) -> None:
+        now, path = self.clock.now(), reservation.accounts()
         for account in path:
             account.allowance.open -= 1
-            account.allowance.adjust(change, now)
-        leaf = path[-1]
-        leaf.output_tokens += _OUTPUT_MEMORY * (completion_tokens - leaf.output_tokens)
-        self._forget_idle(reservation.member, leaf)
+            account.allowance.adjust(taken - reservation.tokens, now)
+        self._forget_idle(reservation.member, path[-1])
+
+    def _places_max(self, member: str) -> int:
+        """How many requests may wait at once, nothing else being in flight."""
+        bounds = (
+            most
+            for account in self._path(member)
+            for most in (
+                account.allowance.limits.queued_max,
+                account.allowance.limits.in_flight_max,
+            )
+            if most is not None
+        )
+        return min(bounds)
 
     def restore_day(self, member: str, tokens: int) -> None:
         """After a restart: count `tokens` of the last day against the member's daily limit."""

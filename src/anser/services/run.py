@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from anser.core.errors import EngineError
+from anser.core.errors import EngineError, QueueTimeout
 from anser.core.events import Lease
 from anser.core.fleet import Offer
 from anser.core.ledger import LeaseRecord, Outcome, Usage
-from anser.ports import Call, Route
+from anser.core.limits import START_WAIT_S
+from anser.ports import Call, Clock, Route
 from anser.services.chunks import Tally
 from anser.services.members import Reservation
 
-__all__ = ["Demand", "Run", "call_for"]
+__all__ = ["Demand", "Patience", "Run", "call_for"]
+
+_RETRY_AFTER_S = 5.0
+_LOOK_S = 5.0  # how often a request looks whether its model still starts
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,12 +36,38 @@ class Demand:
 
 
 @dataclass(slots=True)
+class Patience:
+    """How long one request waits for a slot: `most_s`, from when its model can be asked at all.
+
+    A model that is still being fetched or loaded has no slot to wait for, so its time counts
+    against START_WAIT_S only.
+    """
+
+    asked_at: float
+    most_s: float
+    starting: bool = True  # at the last look; a model that has started starts no more
+    counted_at: float = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.counted_at = self.asked_at
+
+    def left_s(self, now: float, *, starting: bool) -> float:
+        """Seconds until it is to be asked again; 0.0 or less when it is at its end."""
+        if self.starting:
+            self.counted_at = now
+            self.starting = starting
+        if self.starting:
+            return min(self.asked_at + START_WAIT_S - now, _LOOK_S)
+        return self.counted_at + self.most_s - now
+
+
+@dataclass(slots=True)
 class Run:
     """One admitted request: where it stands, and what its receipt will say."""
 
     demand: Demand
     reservation: Reservation
-    queued_at: float
+    patience: Patience
     queued_ms: int
     ready: asyncio.Future[Lease]
     tally: Tally
@@ -52,6 +83,26 @@ class Run:
     first_token_ms: int | None = None
     closed: bool = False
     _latest_ms: int = 0
+
+    @property
+    def queued_at(self) -> float:
+        """When it was admitted."""
+        return self.patience.asked_at
+
+    async def started(self, clock: Clock, starting: Callable[[], bool]) -> Lease:
+        """Wait for a slot; `starting` tells whether all nodes of its model are still starting.
+
+        Raises QueueTimeout, or what `ready` was told.
+        """
+        while not self.ready.done():
+            left_s = self.patience.left_s(clock.now(), starting=starting())
+            if left_s <= 0:
+                message = f"No slot became free in {self.patience.most_s:.0f} s."
+                if self.patience.starting:
+                    message = f"{self.demand.model} is still being fetched or loaded."
+                raise QueueTimeout(message, retry_after_s=_RETRY_AFTER_S)
+            await asyncio.wait({self.ready}, timeout=left_s)
+        return self.ready.result()
 
     def moment(self, wall_ms: int) -> int:
         """`wall_ms` as this request's time, which never goes back, whatever the clock does."""

@@ -12,12 +12,14 @@ the client can read why, and then the connection is closed.
 
 Invariants: no application sees a request whose head was not checked; of each connection at most
 one head, or what one read brings, is held; every connection has a timer running whenever it is
-the client's turn. Protocols are not switched: an Upgrade without a body is ignored.
+the client's turn. Protocols are not switched: an Upgrade header is passed over (RFC 9110, 7.8), and
+hidden from the parser, which would take what follows it for another protocol.
 """
 
 from __future__ import annotations
 
 import asyncio
+import re
 import secrets
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -25,7 +27,11 @@ from typing import Any, ClassVar
 
 import httptools
 import msgspec
-from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import (
+    STATUS_LINE,
+    HttpToolsProtocol,
+    RequestResponseCycle,
+)
 
 from anser.core import limits
 from anser.core.errors import (
@@ -42,6 +48,7 @@ __all__ = ["GuardSettings", "GuardedProtocol", "guarded"]
 
 _LINGER_S = 2.0  # for a client that has been refused to read why
 _DRAIN_S = 5.0  # for the rest of a body that its answer did not wait for
+_UPGRADE = re.compile(rb"(?i)(?<=\n)upgrade:[^\n]*\n")  # lines are clean: check_head_bytes
 _HELD_BYTES_MAX = 64 * 1024  # of what a client sends ahead, at which reading pauses
 
 
@@ -154,7 +161,7 @@ class GuardedProtocol(HttpToolsProtocol):
         self._searched = 0
         self._head_timer.stop()
         self._head_seen = self._message_seen = False
-        self._parse(size)
+        self._parse(_UPGRADE.sub(b"", self._take(size)))
         if not self._head_seen or (self._body is None) != self._message_seen:
             raise Malformed("The end of the head is not clear.")
         if self._body is not None:
@@ -162,23 +169,25 @@ class GuardedProtocol(HttpToolsProtocol):
         return True
 
     def _take_body(self, body: Body) -> None:
-        self._parse(body.take(self._inbox))
+        self._parse(self._take(body.take(self._inbox)))
         if body.complete != self._message_seen:
             raise Malformed("The end of the body is not clear.")
         if body.complete:
             self._body = None
             self._body_timer.stop()
 
-    def _parse(self, size: int) -> None:
-        """Give so many bytes of the inbox to uvicorn."""
-        parser = self.parser
-        assert parser is not None
+    def _take(self, size: int) -> bytes:
+        """So many bytes out of the inbox."""
         data = bytes(self._inbox[:size])
         del self._inbox[:size]
+        return data
+
+    def _parse(self, data: bytes) -> None:
+        """Give these bytes to uvicorn."""
+        parser = self.parser
+        assert parser is not None
         try:
             parser.feed_data(data)
-        except httptools.HttpParserUpgrade:
-            self.cycle.keep_alive = False  # the parser takes nothing more
         except httptools.HttpParserError as error:
             own = error.__context__
             if isinstance(own, AnserError):
@@ -194,19 +203,18 @@ class GuardedProtocol(HttpToolsProtocol):
         version = parser.get_http_version()
         check_headers(version, self.url, self.headers)
         self._body = body_of(version, self.headers)
-        if parser.should_upgrade() and self._body is not None:
-            raise Malformed("Protocols are not switched here: send this without Upgrade.")
+        if parser.should_upgrade():
+            raise Malformed("Nothing is tunnelled here.")
         self._head_seen = True
         super().on_headers_complete()
+        if version == "1.0":
+            self.cycle.__class__ = _OldCycle
         self._busy = True
 
     def on_message_complete(self) -> None:
         """Called by the parser."""
         self._message_seen = True
         super().on_message_complete()
-
-    def _should_upgrade(self) -> bool:
-        return False
 
     # uvicorn
 
@@ -284,6 +292,18 @@ class GuardedProtocol(HttpToolsProtocol):
         else:
             self.transport.close()
             self._time_write()
+
+
+class _OldCycle(RequestResponseCycle):
+    """An answer in HTTP/1.0, which has no chunks (RFC 9112, 6.1): its end is the connection's."""
+
+    async def send(self, message: Any) -> None:
+        """Called by the application."""
+        while self.flow.write_paused and not self.disconnected:
+            await self.flow.drain()
+        self.chunked_encoding = False
+        self.expected_content_length = len(message.get("body", b""))  # read before another sends
+        await super().send(message)
 
 
 class _Timer:

@@ -1,4 +1,4 @@
-// How to call it: tabs, copying, and the address as this browser reaches it.
+// How to call it: tabs, copying, and snippets for this address and the chosen model.
 
 import { texts } from "./texts.js";
 
@@ -7,22 +7,53 @@ const SHOWN_MS = 2000;
 
 export function start() {
   ownAddress();
+  byId("model").addEventListener("change", ownModel);
   const tabs = [...document.querySelectorAll('[role="tab"]')];
   for (const tab of tabs) {
     tab.addEventListener("click", () => choose(tabs, tab));
     tab.addEventListener("keydown", (event) => walk(event, tabs, tab));
   }
   for (const button of document.querySelectorAll("[data-copy]")) {
-    button.addEventListener("click", () => void copy(button));
+    const source = byId(button.dataset.copy);
+    button.addEventListener("click", () => void copyText(button, source.textContent, source));
   }
+}
+
+/** Copy a text, and say so on the button; where that cannot be, select its source instead. */
+export async function copyText(button, text, source = null) {
+  const label = button.firstChild;
+  const before = (button.dataset.label ??= label.data);
+  try {
+    await navigator.clipboard.writeText(text);
+    label.data = texts.live.copied;
+  } catch {
+    if (source) getSelection().selectAllChildren(source);
+    label.data = source ? texts.live.not_copied : text; // no clipboard without TLS
+    if (!source) return;
+  }
+  setTimeout(() => (label.data = before), SHOWN_MS);
 }
 
 /** Behind a proxy the server may know another address than the one that works from here. */
 function ownAddress() {
   const told = byId("address").textContent.replace(/\/v1$/, "");
   if (told === location.origin) return;
-  for (const code of document.querySelectorAll(".call code")) {
-    code.textContent = code.textContent.replaceAll(told, location.origin);
+  const walker = document.createTreeWalker(byId("main"), NodeFilter.SHOW_TEXT);
+  for (let node = walker.nextNode(); node; node = walker.nextNode()) {
+    if (node.parentElement.closest("code")) {
+      node.data = node.data.replaceAll(told, location.origin);
+    }
+  }
+}
+
+/** The chosen model in each snippet, quoted as page.py quotes it. */
+function ownModel() {
+  const name = byId("model").value;
+  if (!name) return;
+  const literal = JSON.stringify(name);
+  for (const place of document.querySelectorAll("[data-model]")) {
+    const inShell = place.dataset.model === "curl";
+    place.textContent = inShell ? literal.replaceAll("'", `'"'"'`) : literal;
   }
 }
 
@@ -44,18 +75,4 @@ function walk(event, tabs, tab) {
   const goal = tabs[(goals[event.key] + tabs.length) % tabs.length];
   choose(tabs, goal);
   goal.focus();
-}
-
-async function copy(button) {
-  const source = byId(button.dataset.copy);
-  const label = button.firstChild;
-  const before = (button.dataset.label ??= label.data);
-  try {
-    await navigator.clipboard.writeText(source.textContent);
-    label.data = texts.live.copied;
-  } catch {
-    getSelection().selectAllChildren(source); // no clipboard without TLS: leave it to the keys
-    label.data = texts.live.not_copied;
-  }
-  setTimeout(() => (label.data = before), SHOWN_MS);
 }

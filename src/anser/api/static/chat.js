@@ -1,18 +1,20 @@
-// The chat box. What people and models write enters the page as text nodes only, never as HTML.
-//
-// One answer at a time; the conversation and the key live in this tab's memory and nowhere else.
+// The chat box: one answer at a time; the conversation lives in this tab's memory and nowhere else.
 
+import { askForKey, currentKey, isOpen, isRefused, takeKey } from "./key.js";
+import { Turn } from "./log.js";
+import * as pool from "./pool.js";
 import { Refusal, ask } from "./stream.js";
-import { decimal, fill, texts, whole } from "./texts.js";
+import { fill, texts, whole } from "./texts.js";
 
 const byId = (id) => document.getElementById(id);
-const section = byId("ask");
-const [log, form, message, model, key] = ["log", "form", "message", "model", "key"].map(byId);
+const [log, form, message, model] = ["log", "form", "message", "model"].map(byId);
 const [send, stop, clear, status, empty] = ["send", "stop", "clear", "status", "empty"].map(byId);
+const SMALL = 3e9; // parameters, below which models are often wrong
 
 let turns = []; // what the model is sent: {role, content}
 let running = null; // the AbortController of the answer under way
-let given = ""; // the key, once it is typed to its end: half a key would count as guessing
+let waits = false; // whether nothing of it has come yet
+let failed = null; // the turn that says why the last question has no answer
 
 export function start() {
   form.addEventListener("submit", (event) => {
@@ -25,43 +27,45 @@ export function start() {
     event.preventDefault();
     form.requestSubmit();
   });
-  section.addEventListener("keydown", (event) => {
+  document.addEventListener("keydown", (event) => {
     if (event.key === "Escape" && !event.isComposing) halt();
   });
   stop.addEventListener("click", halt);
   clear.addEventListener("click", forget);
-  key.addEventListener("change", takeKey);
-  takeKey();
-}
-
-/** Whether the platform answers this visitor: without a key, or with the one given. */
-export const isOpen = () => section.dataset.open === "yes" || given !== "";
-
-/** The key that the visitor has given, or an empty text. */
-export const currentKey = () => given;
-
-function takeKey() {
-  given = key.value.trim();
+  model.addEventListener("change", warn);
+  pool.onNews(() => waits && say(waiting()));
+  warn();
 }
 
 async function submit() {
   const question = message.value.trim();
-  if (running || !question) return;
-  takeKey();
-  if (!isOpen()) {
-    key.closest("details").open = true;
-    key.focus();
-    return say(texts.live.key_first);
-  }
-  if (!model.value) return say(texts.live.model_first);
+  if (running) return;
+  const another = takeKey();
+  if (!question) return another ? pool.look() : undefined;
+  if (!(await mayAsk(another))) return;
   message.value = "";
-  show("user", texts.live.you).text.textContent = question;
-  const turn = show("assistant", model.value);
+  failed?.remove();
+  failed = null;
+  empty.hidden = true;
+  const asked = new Turn("user", texts.live.you);
+  asked.say(question);
+  const turn = new Turn("assistant", model.value);
   form.scrollIntoView({ block: "nearest" });
-  await converse(question, turn);
+  await converse(question, asked, turn);
 }
 
-async function converse(question, turn) {
+/** Whether there is a key, if one is needed, and a model; else what is missing is said. */
+async function mayAsk(another) {
+  if (isOpen() && (another || !model.value)) await pool.look();
+  if (isRefused()) say(texts.errors.invalid_api_key);
+  else if (!isOpen()) say(texts.live.key_first);
+  else if (model.value) return !running;
+  else return say(texts.live.model_first);
+  askForKey();
+  return false;
+}
+
+async function converse(question, asked, turn) {
   running = new AbortController();
   const messages = [...turns, { role: "user", content: question }];
   const answer = { text: "", finish: null, tokens: null, node: null, request: null };
@@ -77,68 +81,92 @@ async function converse(question, turn) {
     for await (const part of ask({ body, key: currentKey(), signal: running.signal })) {
       take(part, answer, turn);
     }
-    say(texts.live.finished);
+    say(answer.text ? texts.live.finished : "");
+    if (!answer.text) turn.line("trouble", texts.live.no_answer);
   } catch (error) {
-    if (running.signal.aborted) say(texts.live.stopped);
-    else trouble(error, turn);
+    const { aborted } = running.signal;
+    say(aborted ? texts.live.stopped : "");
+    if (!aborted) turn.line("trouble", reason(error));
+    if (!answer.text) giveBack(question, asked, turn, aborted);
   }
   const seconds = (performance.now() - began) / 1000;
-  running = null;
   if (answer.text) turns = [...messages, { role: "assistant", content: answer.text }];
-  else if (!message.value) message.value = question;
-  end(turn, answer, seconds);
+  turn.end(answer, seconds);
+  if (answer.finish === "length") turn.line("facts", texts.live.cut);
+  end();
 }
 
-/** One piece of the answer: its head, some text, or what it has cost. */
+/** One piece of the answer: its head, some thought or text, or what it has cost. */
 function take({ headers, chunk }, answer, turn) {
   if (headers) {
     answer.node = headers.get("x-anser-node");
     answer.request = headers.get("x-request-id");
-    return say(texts.live.answering);
+    return;
   }
   if (chunk.usage) answer.tokens = chunk.usage.completion_tokens;
   const choice = chunk.choices?.[0];
   if (!choice) return;
   answer.finish = choice.finish_reason ?? answer.finish;
-  const text = choice.delta?.content;
-  if (typeof text !== "string" || !text) return;
-  answer.text += text;
-  const atEnd = log.scrollHeight - log.scrollTop - log.clientHeight < 48;
-  turn.text.append(text);
-  if (atEnd) log.scrollTop = log.scrollHeight;
+  const { content, reasoning, reasoning_content } = choice.delta ?? {};
+  const thought = reasoning ?? reasoning_content; // engines differ
+  if (typeof thought === "string" && thought) {
+    come(texts.live.thinking);
+    turn.think(thought);
+  }
+  if (typeof content === "string" && content) {
+    come(texts.live.answering);
+    answer.text += content;
+    turn.say(content);
+  }
+}
+
+function come(text) {
+  waits = false;
+  say(text);
+}
+
+/** What is known of why nothing has come yet. */
+function waiting() {
+  const state = pool.latest();
+  const chosen = state?.models.find((each) => each.id === model.value);
+  if (chosen && !chosen.ready) return texts.live.not_ready_yet;
+  if (state?.queued > 0) return fill(texts.live.in_line, { count: whole(state.queued) });
+  return texts.live.first_word;
 }
 
 function begin(turn) {
-  turn.root.setAttribute("aria-busy", "true");
-  send.hidden = true;
+  turn.busy(true);
   stop.hidden = clear.hidden = false;
-  clear.disabled = true;
-  say(texts.live.waiting);
+  if (document.activeElement === send) stop.focus(); // a hidden button would lose it
+  send.hidden = clear.disabled = true;
+  waits = true;
+  say(waiting());
 }
 
-function end(turn, answer, seconds) {
-  turn.root.removeAttribute("aria-busy");
-  turn.text.normalize();
-  const facts = [];
-  if (answer.node) facts.push(answer.node);
-  if (answer.tokens !== null) facts.push(fill(texts.live.tokens, { tokens: whole(answer.tokens) }));
-  if (answer.text) facts.push(fill(texts.live.seconds, { seconds: decimal(seconds) }));
-  if (answer.request) facts.push(answer.request);
-  if (facts.length) line(turn, "facts", facts.join(" · "));
-  if (answer.finish === "length") line(turn, "facts", texts.live.cut);
+function end() {
+  running = null;
+  waits = false;
   const stopHadFocus = document.activeElement === stop;
-  stop.hidden = true;
   send.hidden = clear.disabled = false;
+  stop.hidden = true;
   if (stopHadFocus) message.focus();
-  log.scrollTop = log.scrollHeight;
 }
 
-/** Say in words why there is no answer, next to where it would have been. */
-function trouble(error, turn) {
+/** A question without an answer goes back into its box, unless that holds the next one already. */
+function giveBack(question, asked, turn, stopped) {
+  if (message.value) return;
+  message.value = question;
+  asked.remove();
+  if (stopped) turn.remove();
+  else failed = turn;
+  empty.hidden = log.children.length > 1;
+}
+
+/** In words, why there is no answer. */
+function reason(error) {
   const refusal = error instanceof Refusal ? error : new Refusal("broken_off");
   const code = Object.hasOwn(texts.errors, refusal.code) ? refusal.code : "refused";
-  line(turn, "trouble", fill(texts.errors[code], { message: refusal.message }));
-  say("");
+  return fill(texts.errors[code], { message: refusal.message });
 }
 
 function halt() {
@@ -147,6 +175,7 @@ function halt() {
 
 function forget() {
   turns = [];
+  failed = null;
   log.replaceChildren(empty);
   empty.hidden = false;
   clear.hidden = true;
@@ -154,26 +183,13 @@ function forget() {
   message.focus();
 }
 
-function show(role, who) {
-  const root = document.createElement("article");
-  root.className = `turn ${role}`;
-  const turn = { root };
-  turn.who = line(turn, "who", who);
-  turn.text = line(turn, "text", "");
-  empty.hidden = true;
-  log.append(root);
-  log.scrollTop = log.scrollHeight;
-  return turn;
-}
-
-function line(turn, name, text) {
-  const paragraph = document.createElement("p");
-  paragraph.className = name;
-  paragraph.textContent = text;
-  turn.root.append(paragraph);
-  return paragraph;
+/** Small models, as far as their names tell, come with a warning. */
+function warn() {
+  const [, number, unit] = /(?:^|[-_:. /])([\d.]+)([mb])(?=$|[-_:. /])/i.exec(model.value) ?? [];
+  const parameters = Number(number) * (unit?.toLowerCase() === "m" ? 1e6 : 1e9);
+  byId("small").hidden = !(parameters < SMALL);
 }
 
 function say(text) {
-  status.textContent = text;
+  if (status.textContent !== text) status.textContent = text;
 }

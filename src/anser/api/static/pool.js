@@ -1,6 +1,6 @@
 // The pool's state, asked every two seconds while somebody looks.
 
-import { currentKey, isOpen } from "./chat.js";
+import { currentKey, isOpen, refuse, takeKey } from "./key.js";
 import { decimal, fill, texts, whole } from "./texts.js";
 
 const INTERVAL_MS = 2000;
@@ -8,27 +8,39 @@ const PATIENCE_MS = 5000;
 const MISSES_MAX = 3; // after which the figures are called old
 const GEESE_MAX = 24; // of one node
 const ROWS_MAX = 40; // of nodes, and of models; page.py has the same
+const FOLD = 8; // models that are seen at once; page.py has the same
 const TRACE_POINTS = 60;
 const SVG = "http://www.w3.org/2000/svg";
 
 const byId = (id) => document.getElementById(id);
 const trace = [];
+const listeners = [];
 let timer = null;
 let misses = 0;
 let shown = "";
-let refused = null; // a key that was wrong once is not tried again: that would count as guessing
+let state = null;
 
 export function start() {
   document.addEventListener("visibilitychange", look);
-  byId("key").addEventListener("change", look);
-  look();
+  byId("key").addEventListener("change", () => {
+    if (takeKey()) void look();
+  });
+  takeKey(); // a browser may have kept it over a reload
+  void look();
 }
 
+/** The pool as it was seen last, or null. */
+export const latest = () => state;
+
+/** Be told whenever the pool has been seen. */
+export const onNews = (listener) => listeners.push(listener);
+
 /** Ask now, and again after a while, unless nobody looks or no key lets us. */
-async function look() {
+export async function look() {
   clearTimeout(timer);
   if (document.visibilityState !== "visible") return;
-  if (isOpen() && currentKey() !== refused) await poll();
+  if (isOpen()) await poll();
+  else hide();
   clearTimeout(timer); // another look may have begun meanwhile
   timer = setTimeout(look, INTERVAL_MS);
 }
@@ -41,7 +53,7 @@ async function poll() {
     const answer = await fetch("/v1/pool", { headers, signal, credentials: "omit" });
     misses = answer.ok ? 0 : misses + 1;
     if (answer.ok) show(await answer.json());
-    else if (answer.status === 401) refuse(key);
+    else if (answer.status === 401 && key) await wrong(key);
   } catch {
     misses += 1;
   }
@@ -49,32 +61,44 @@ async function poll() {
   byId("pool-away").textContent = misses < MISSES_MAX ? "" : texts.live.pool_away;
 }
 
-function refuse(key) {
-  refused = key;
+/** Without its wrong key the visitor sees what everybody does. */
+async function wrong(key) {
+  refuse(key);
   misses = 0;
+  if (isOpen()) await poll();
+  else hide();
+}
+
+function hide() {
+  state = null;
+  shown = "";
   byId("pool-state").hidden = true;
   byId("pool-closed").hidden = false;
+  fillChoices([], null);
 }
 
 function show(pool) {
+  state = pool;
   byId("pool-state").hidden = false;
   byId("pool-closed").hidden = true;
   figures(pool);
   const lists = JSON.stringify([pool.nodes, pool.models]);
-  if (lists === shown) return;
-  shown = lists;
-  fillList("nodes", pool.nodes, nodeRow);
-  fillList("models", pool.models, modelRow);
-  fillChoices(pool.models);
+  if (lists !== shown) {
+    shown = lists;
+    byId("nodes").replaceChildren(...pool.nodes.slice(0, ROWS_MAX).map(nodeRow));
+    fillModels(pool.models);
+    more("nodes", pool.nodes.length);
+    more("models", pool.models.length);
+    fillChoices(pool.models, pool.default_model);
+  }
+  for (const listener of listeners) listener();
 }
 
 function figures(pool) {
-  const slots = pool.nodes.reduce((sum, node) => sum + (node.slots ?? 0), 0);
-  const ready = pool.nodes.filter((node) => node.state === "up").length;
-  byId("ready").textContent = whole(ready);
+  byId("ready").textContent = whole(pool.nodes_ready);
   byId("ready-of").textContent = fill(texts.live.of, { total: whole(pool.nodes.length) });
   byId("running").textContent = whole(pool.running);
-  byId("running-of").textContent = fill(texts.live.of, { total: whole(slots) });
+  byId("running-of").textContent = fill(texts.live.of, { total: whole(pool.slots) });
   byId("queued").textContent = whole(pool.queued);
   byId("pace").textContent = decimal(pool.tokens_per_s);
   trace.push(pool.tokens_per_s);
@@ -91,12 +115,20 @@ function draw() {
   byId("trace").firstElementChild.setAttribute("points", points.join(" "));
 }
 
-function fillList(id, items, row) {
-  byId(id).replaceChildren(...items.slice(0, ROWS_MAX).map(row));
-  byId(`no-${id}`).hidden = items.length > 0;
-  const more = byId(`more-${id}`);
-  more.hidden = items.length <= ROWS_MAX;
-  more.textContent = fill(texts.live.more, { count: whole(items.length - ROWS_MAX) });
+/** The first models, and the others folded away. */
+function fillModels(models) {
+  const rows = models.slice(0, ROWS_MAX).map(modelRow);
+  byId("models").replaceChildren(...rows.slice(0, FOLD));
+  byId("folded").replaceChildren(...rows.slice(FOLD));
+  byId("fold").hidden = rows.length <= FOLD;
+  byId("fold-count").textContent = fill(texts.live.fold, { count: whole(models.length - FOLD) });
+}
+
+function more(id, count) {
+  byId(`no-${id}`).hidden = count > 0;
+  const line = byId(`more-${id}`);
+  line.hidden = count <= ROWS_MAX;
+  line.textContent = fill(texts.live.more, { count: whole(count - ROWS_MAX) });
 }
 
 function blank(id) {
@@ -132,23 +164,39 @@ function goose(flying) {
 
 function modelRow(model) {
   const { row, put } = blank("model-row");
+  row.dataset.ready = model.ready ? "yes" : "no";
   put("name", model.id);
-  const on = model.nodes === 1 ? texts.live.on_node : texts.live.on_nodes;
-  const parts = [fill(on, { count: whole(model.nodes) })];
-  if (model.context_length) {
-    parts.unshift(fill(texts.live.context, { tokens: whole(model.context_length) }));
-  }
-  put("detail", parts.join(" · "));
+  const on = model.nodes_ready === 1 ? texts.live.on_node : texts.live.on_nodes;
+  const length = model.context_length;
+  const parts = [
+    chats(model) ? "" : texts.live.embeddings,
+    length ? fill(texts.live.context, { tokens: whole(length) }) : "",
+    model.ready ? fill(on, { count: whole(model.nodes_ready) }) : texts.live.not_ready,
+  ];
+  put("detail", parts.filter(Boolean).join(" · "));
   return row;
 }
 
-/** The models that can be asked, the chosen one kept if it is still there. */
-function fillChoices(models) {
+const chats = (model) => model.capabilities.includes("chat");
+
+/** The models that can be talked to; the chosen one is kept if it is still there. */
+function fillChoices(models, preferred) {
   const choice = byId("model");
-  const names = models.map((model) => model.id);
-  const now = Array.from(choice.options, (option) => option.value);
-  if (names.join("\n") === now.join("\n")) return;
-  const chosen = choice.value;
-  choice.replaceChildren(...names.map((name) => new Option(name)));
-  if (names.includes(chosen)) choice.value = chosen;
+  const before = choice.value;
+  const able = models.filter(chats);
+  const wanted = able.some((model) => model.id === before) ? before : preferred;
+  const options = able.map((model) => {
+    const text = model.ready ? model.id : fill(texts.live.choice_away, { model: model.id });
+    const option = new Option(text, model.id, false, model.id === wanted);
+    option.disabled = !model.ready;
+    return option;
+  });
+  if (!options.length) options.push(new Option(texts.live.no_choice, ""));
+  const differs = (option, at) => !option.isEqualNode(choice.options[at]);
+  if (options.length !== choice.options.length || options.some(differs)) {
+    choice.replaceChildren(...options);
+    choice.value = wanted ?? "";
+  }
+  choice.disabled = able.length === 0;
+  if (choice.value !== before) choice.dispatchEvent(new Event("change"));
 }
