@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import ipaddress
 import json
+import re
 from collections.abc import AsyncGenerator
+from datetime import date
 from typing import Any
 
 import pytest
@@ -106,7 +110,7 @@ async def test_a_dangerous_schema_never_reaches_it(engine: LlamaCppEngine, schem
         await collect(engine, chat(response_format=form_of(schema)))
     tool = {"type": "function", "function": {"name": "f", "parameters": schema}}
     for choice in ("auto", "required"):
-        with pytest.raises(InvalidField):
+        with pytest.raises((InvalidField, EngineRefused)):
             await collect(engine, chat(tools=[tool], tool_choice=choice))
 
 
@@ -126,6 +130,115 @@ TOOLS = [
 
 def calls_of(chunks: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [call for choice in choices(chunks) for call in choice["delta"].get("tool_calls") or ()]
+
+
+async def test_hard_constraints_are_kept(engine: LlamaCppEngine) -> None:
+    """Patterns, formats, lengths and bounds hold, however warm the model is."""
+    schema = {
+        "type": "object",
+        "properties": {
+            "code": {"type": "string", "pattern": r"^\d{3}-[a-z]{1,4}$"},
+            "quoted": {"type": "string", "pattern": '^"[^"]{0,5}"$'},
+            "day": {"type": "string", "format": "date"},
+            "address": {"type": "string", "format": "ipv4"},
+            "share": {"type": "number", "minimum": 0, "maximum": 1},
+            "odd": {"type": "integer", "exclusiveMinimum": 6, "maximum": 1_000},
+            "list": {"type": "array", "items": {"type": "boolean"}, "minItems": 2, "maxItems": 3},
+        },
+    }
+    schema["required"] = list(schema["properties"])
+    for seed in range(3):
+        ask = {"max_tokens": 300, "temperature": 1.5, "seed": seed}
+        chunks = await collect(engine, chat("Anything.", response_format=form_of(schema), **ask))
+        found = json.loads(text_of(chunks))
+        assert re.fullmatch(r"[0-9]{3}-[a-z]{1,4}", found["code"])
+        assert re.fullmatch('"[^"]{0,5}"', found["quoted"])
+        date.fromisoformat(found["day"])
+        ipaddress.IPv4Address(found["address"])
+        assert 0 <= found["share"] <= 1
+        assert 6 < found["odd"] <= 1_000
+        assert 2 <= len(found["list"]) <= 3
+
+
+BIG = {
+    "type": "object",
+    "properties": {
+        "SECRET": {"enum": [f"CANARY{index}" for index in range(80)]},
+        "many": {"type": "array", "items": {"$ref": "#/properties/SECRET"}, "maxItems": 1_999},
+        "long": {"type": "string", "maxLength": 60_000, "minLength": 3_000},
+        "nested": {"type": "string", "pattern": "^(([a-z]{1,8}-){10}!){10}$"},
+    },
+}
+
+
+@pytest.mark.parametrize(
+    "pattern", ["^CANARY\n\x1b]0;x\x07\\w$", "^CANARY(?=x)$", "CANARY", "^\\d$"]
+)
+async def test_no_schema_is_written_to_the_log(
+    engine: LlamaCppEngine, capfd: pytest.CaptureFixture[str], pattern: str
+) -> None:
+    """llama.cpp prints what it cannot convert: nothing of a caller's ever gets there."""
+    schemas = (BIG, {"properties": {"CANARY": {"type": "string", "pattern": pattern}}})
+    for schema in schemas:
+        function = {"name": "f", "parameters": {"type": "object", **schema}}
+        tools = [{"type": "function", "function": function}]
+        asks: list[dict[str, object]] = [{"response_format": form_of(schema)}]
+        asks += [{"tools": tools, "tool_choice": choice} for choice in ("auto", "required")]
+        for ask in asks:
+            with contextlib.suppress(EngineRefused):
+                await collect(engine, chat("CANARY", max_tokens=3, **ask))
+    out, err = capfd.readouterr()
+    assert "CANARY" not in out + err
+
+
+async def test_the_model_sees_tools_and_may_call_them(engine: LlamaCppEngine) -> None:
+    """`auto`: the tools are in the prompt, and so are earlier calls; what it calls has its form."""
+
+    def asked(city: str) -> dict[str, object]:
+        return {"role": "user", "content": f"What is the weather in {city}?"}
+
+    def called(city: str) -> dict[str, object]:
+        call = {"name": "weather", "arguments": json.dumps({"city": city})}
+        return {"role": "assistant", "tool_calls": [{"id": city, "function": call}]}
+
+    history: list[dict[str, object]] = []
+    for city in ("Rome", "Paris", "Berlin", "Oslo"):
+        history += [asked(city), called(city)]
+    ask = {"messages": [*history, asked("Bern")], "max_tokens": 60, "temperature": 0}
+    chunks = await collect(engine, chat(tools=TOOLS, **ask))
+    assert finish_of(chunks) == "tool_calls"
+    first, *rest = calls_of(chunks)
+    assert first["function"]["name"] == "weather"
+    assert "city" in json.loads("".join(call["function"]["arguments"] for call in rest))
+    assert not text_of(chunks)
+    without = await collect(engine, chat(**ask))
+    assert chunks[-1]["usage"]["prompt_tokens"] > without[-1]["usage"]["prompt_tokens"] + 50
+
+
+async def test_text_is_free_beside_tools(engine: LlamaCppEngine) -> None:
+    """`auto` with an answer in words: just text, with its stop."""
+    chunks = await collect(engine, chat("Say hello.", tools=TOOLS, max_tokens=12, seed=1))
+    assert text_of(chunks)
+    assert not calls_of(chunks)
+
+
+async def test_every_seed_repeats(engine: LlamaCppEngine) -> None:
+    """Also the seed that llama.cpp itself takes for none."""
+    for seed in (-1, 2**63 - 1):
+        ask = {"seed": seed, "temperature": 1.5, "max_tokens": 12}
+        first = text_of(await collect(engine, chat("A poem.", **ask)))
+        assert text_of(await collect(engine, chat("A poem.", **ask))) == first
+
+
+@pytest.mark.parametrize(("fields", "count"), [({}, 0), ({"top_logprobs": 0}, 0),
+                                               ({"top_logprobs": 2}, 2)])  # fmt: skip
+async def test_logprobs_have_so_many_alternatives(
+    engine: LlamaCppEngine, fields: dict[str, object], count: int
+) -> None:
+    """Each chosen token, with as many alternatives as were asked for."""
+    chunks = await collect(engine, chat(logprobs=True, max_tokens=3, temperature=0, **fields))
+    tokens = [t for c in choices(chunks) for t in (c.get("logprobs") or {}).get("content", ())]
+    assert [len(token["top_logprobs"]) for token in tokens] == [count] * 3
 
 
 async def test_a_required_tool_is_called(engine: LlamaCppEngine) -> None:
@@ -209,7 +322,6 @@ IMAGE = {"type": "image_url", "image_url": {"url": "http://127.0.0.1:9/x.png"}}
         {"messages": [{"role": "user", "content": "\ud800"}]},
         {"messages": [{"role": "user", "content": [IMAGE]}]},
         {"max_tokens": -7},
-        {"response_format": form_of({"type": "nonsense"})},
         {"tools": TOOLS, "tool_choice": {"type": "function", "function": {"name": "absent"}}},
     ],
 )

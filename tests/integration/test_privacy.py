@@ -99,11 +99,26 @@ def spoken() -> list[tuple[str, dict[str, Any]]]:
     tool = {"type": "function", "function": {**named, "description": CANARY}}
     schema = {"name": CANARY, "schema": {"type": "object", "properties": {CANARY: {}}}}
     short = {"messages": [message], "max_tokens": 8}
+    lines = f'^{CANARY}\n{{"event": "forged"}}\n\x1b]0;pwned\x07\\w$'
+    odd = {"type": "object", "properties": {"a": {"type": "string", "pattern": lines}}}
+    asks_odd = {"type": "function", "function": {"name": "f", "parameters": odd}}
     return [
         (CHAT, short),
         (CHAT, {**short, "stream": True, "stop": [CANARY], "user": CANARY}),
         (CHAT, {**short, "tools": [tool], "tool_choice": "required"}),
         (CHAT, {**short, "response_format": {"type": "json_schema", "json_schema": schema}}),
+        (
+            CHAT,
+            {
+                **short,
+                "response_format": {
+                    "type": "json_schema",
+                    "json_schema": {"name": "a", "schema": odd},
+                },
+            },
+        ),
+        (CHAT, {**short, "tools": [asks_odd]}),
+        (CHAT, {**short, "tools": [asks_odd], "tool_choice": "required"}),
         (CHAT, {**short, "messages": [{"role": CANARY, "content": CANARY}]}),
         (CHAT, {**short, CANARY: CANARY}),
         (CHAT, {**short, "temperature": CANARY}),

@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-import itertools
 import json
 import threading
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
-from anser.adapters.llamacpp_body import prepare, rebased, split_inputs
+from anser.adapters.llamacpp_body import prepare, split_inputs
 from anser.adapters.llamacpp_native import Plan, usable_cores
 from anser.adapters.llamacpp_stream import AnswerStream, error_from, refusal_from
-from anser.adapters.llamacpp_tools import ForcedCallTranslator
 from anser.core import limits
 from anser.core.errors import (
     AnserError,
@@ -66,39 +62,13 @@ def test_any_other_bias_passes(bias: object) -> None:
     assert prepared(logit_bias=bias)["logit_bias"] == bias
 
 
-def test_a_schema_is_moved_off_the_root() -> None:
-    """llama.cpp follows references into "#/$defs/..." only."""
-    schema = {"properties": {"a": {"$ref": "#"}, "b": {"$ref": "#/properties/a"}}}
-    form = {"type": "json_schema", "json_schema": {"name": "n", "schema": schema, "strict": True}}
-    made = prepared(response_format=form)["response_format"]["json_schema"]["schema"]
-    assert made["$ref"] == "#/$defs/answer"
-    inner = made["$defs"]["answer"]["properties"]
-    assert inner["a"] == {"$ref": "#/$defs/answer"}
-    assert inner["b"] == {"$ref": "#/$defs/answer/properties/a"}
-
-
-def test_only_references_are_rebased() -> None:
-    """Values that merely look like references, and properties of such names, stay as they are."""
-    schema = {
-        "const": {"$ref": "#/x"},
-        "enum": [{"$ref": "#"}, True],
-        "default": {"$ref": "#"},
-        "properties": {"$ref": {"const": True}, "enum": {"$ref": "#/y"}, "any": True, "no": False},
-        "additionalProperties": True,
-        "anyOf": [True, {"$ref": "#/z"}],
-    }
-    made = rebased(schema, "#/$defs/f0")
-    assert made["const"] == {"$ref": "#/x"}
-    assert made["enum"] == [{"$ref": "#"}, True]
-    assert made["default"] == {"$ref": "#"}
-    assert made["properties"] == {
-        "$ref": {"const": True},
-        "enum": {"$ref": "#/$defs/f0/y"},
-        "any": {},
-        "no": False,
-    }
-    assert made["additionalProperties"] is True
-    assert made["anyOf"] == [{}, {"$ref": "#/$defs/f0/z"}]
+@pytest.mark.parametrize("seed", [-1, 0xFFFFFFFF, 2**63 - 1, -(2**32) - 1])
+def test_every_seed_is_a_seed(seed: int) -> None:
+    """llama.cpp reads 32 bits, and all ones as "choose one yourself": no seed becomes that."""
+    for route in (Route.CHAT, Route.COMPLETIONS):
+        made = prepared(route, seed=seed, prompt="a")["seed"]
+        assert 0 <= made < 0xFFFFFFFF
+    assert prepared(seed=7)["seed"] == 7
 
 
 @pytest.mark.parametrize(
@@ -116,109 +86,26 @@ def test_inputs_are_told_apart(given: object, inputs: list[object]) -> None:
     assert split_inputs({"input": given}) == inputs
 
 
-# ------------------------------------------------------------------------ forced calls
-
-PARAMETERS = {
-    "type": "object",
-    "properties": {"a": {"$ref": "#/$defs/b"}},
-    "$defs": {"b": {"type": "string"}},
-}
-FUNCTION = {"name": "f", "parameters": PARAMETERS}
-OTHER = {"name": "g", "description": "Does g."}
-TOOLS = [{"type": "function", "function": FUNCTION}, {"type": "function", "function": OTHER}]
+# ------------------------------------------------------------------------------ logprobs
 
 
-def test_a_choice_among_tools_becomes_a_schema() -> None:
-    """`required`: name and arguments, each function's references in its own place."""
-    body = prepared(tools=TOOLS, tool_choice="required", logprobs=True, parallel_tool_calls=True)
-    schema = body["response_format"]["json_schema"]["schema"]
-    names = [each["properties"]["name"]["const"] for each in schema["anyOf"]]
-    assert names == ["f", "g"]
-    assert schema["$defs"]["f0"]["properties"]["a"] == {"$ref": "#/$defs/f0/$defs/b"}
-    assert schema["$defs"]["f1"] == {"type": "object"}
-    assert not {"tools", "tool_choice", "parallel_tool_calls", "logprobs"} & set(body)
-    assert body["messages"][0]["role"] == "system"
-    assert "Does g." in body["messages"][0]["content"]
+@pytest.mark.parametrize("asked", [{}, {"top_logprobs": 0}])
+def test_logprobs_come_without_alternatives(asked: dict[str, int]) -> None:
+    """`logprobs` alone: the chosen tokens, and no alternatives."""
+    data, translator = prepare(call(logprobs=True, **asked), "m", frozenset())
+    assert json.loads(data)["top_logprobs"] == 1
+    token = {"token": "a", "logprob": -1.0, "top_logprobs": [{"token": "a", "logprob": -1.0}]}
+    delta = {"role": "assistant", "content": "a"}
+    said = {"choices": [{"index": 0, "delta": delta, "logprobs": {"content": [token]}}]}
+    (made,) = translator.feed(json.dumps(said, separators=(",", ":")).encode())
+    (given_,) = json.loads(made)["choices"][0]["logprobs"]["content"]
+    assert given_ == {"token": "a", "logprob": -1.0, "top_logprobs": []}
+    assert list(translator.feed(b'{"choices":[]}')) == [b'{"choices":[]}']
 
 
-@pytest.mark.parametrize(
-    ("first", "check"),
-    [
-        ({"role": "system", "content": "Be brief."}, lambda c: c.startswith("Be brief.\n\nCall")),
-        ({"role": "developer", "content": None}, lambda c: "Call a function" in c),
-        ({"role": "system", "content": [{"type": "text", "text": "x"}]}, lambda c: len(c) == 2),
-    ],
-)
-def test_the_note_joins_the_system_message(
-    first: dict[str, Any], check: Callable[[Any], bool]
-) -> None:
-    """There is one system message, in whatever form it came."""
-    talk = [first, {"role": "user", "content": "Hi."}]
-    choice = {"type": "function", "function": {"name": "g"}}
-    body = prepared(messages=talk, tools=TOOLS, tool_choice=choice)
-    assert len(body["messages"]) == 2
-    assert check(body["messages"][0]["content"])
-
-
-def chunk(delta: dict[str, object], finish: str | None = None) -> bytes:
-    choice = {"index": 0, "delta": delta, "finish_reason": finish}
-    return json.dumps({"id": "x", "model": "m", "choices": [choice]}).encode()
-
-
-def translate(translator: ForcedCallTranslator, parts: Iterable[str], finish: str) -> list[Any]:
-    said = [chunk({"role": "assistant", "content": None})]
-    said += [chunk({"content": part}) for part in parts]
-    said += [chunk({}, finish), b'{"choices":[],"usage":{}}']
-    return [json.loads(made) for each in said for made in translator.feed(each)]
-
-
-JSON = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.text(),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
-    max_leaves=8,
-)
-CUTS = st.lists(st.integers(0, 200), max_size=12)
-
-
-def split(text: str, cuts: list[int]) -> list[str]:
-    places = sorted({0, len(text), *(cut % (len(text) + 1) for cut in cuts)})
-    return [text[a:b] for a, b in itertools.pairwise(places)]
-
-
-@given(
-    st.text(min_size=1, max_size=8),
-    st.dictionaries(st.text(), JSON, max_size=4),
-    CUTS,
-    st.booleans(),
-    st.sampled_from([None, 2]),
-)
-def test_a_forced_call_survives_any_split(
-    name: str, arguments: dict[str, Any], cuts: list[int], named: bool, indent: int | None
-) -> None:
-    """However the tokens cut the forced JSON, name and arguments come out whole and in order."""
-    inner = json.dumps(arguments, indent=indent)
-    whole = json.dumps({"name": name, "arguments": arguments}, indent=indent)
-    text = f"\n {inner if named else whole} \n"
-    translator = ForcedCallTranslator(name if named else None)
-    made = translate(translator, split(text, cuts), "stop")
-    deltas = [each["choices"][0]["delta"] for each in made if each["choices"]]
-    calls = [each for delta in deltas for each in delta.get("tool_calls") or ()]
-    assert calls[0]["function"] == {"name": name, "arguments": ""}
-    assert all(each["index"] == 0 for each in calls)
-    said = "".join(each["function"]["arguments"] for each in calls)
-    assert json.loads(said) == arguments
-    assert said == said.strip()
-    assert made[-2]["choices"][0]["finish_reason"] == "tool_calls"
-    assert made[-1]["choices"] == []
-    assert not any(delta.get("content") for delta in deltas)
-
-
-def test_a_call_cut_before_its_name_is_no_call() -> None:
-    """Without a name there is nothing to call; the finish tells why."""
-    made = translate(ForcedCallTranslator(None), ['{"name": "we'], "length")
-    assert made[-2]["choices"][0]["finish_reason"] == "length"
-    assert not any(each["choices"][0]["delta"].get("tool_calls") for each in made[:-1])
-    assert "undecided" in repr(ForcedCallTranslator(None))
+def test_alternatives_come_if_asked_for() -> None:
+    """So many as were asked for."""
+    assert prepared(logprobs=True, top_logprobs=3)["top_logprobs"] == 3
 
 
 # ---------------------------------------------------------------------- text completions
@@ -271,7 +158,13 @@ TOO_LARGE = b'{"error":{"code":500,"message":"input (3001 tokens) is too large t
 def test_errors_are_told_apart(data: bytes, kind: type[AnserError], words: str) -> None:
     """Whose fault it is decides what the client sees and whether the node is blamed."""
     with pytest.raises(kind, match=words):
-        raise error_from(data)
+        raise error_from(data, asked="prompt")
+
+
+def test_a_prompt_that_is_too_long_is_named() -> None:
+    """The error names the field that holds the prompt."""
+    assert error_from(TOO_LONG, asked="messages").param == "messages"
+    assert error_from(TOO_LARGE, asked="input").param == "input"
 
 
 def test_a_refusal_keeps_its_cause() -> None:

@@ -33,7 +33,7 @@ from anser.core import limits
 from anser.core.errors import AnserError, EngineBroken, EngineStalled, EngineUnreachable
 from anser.core.fleet import EngineKind, EngineReport, ServedModel
 from anser.core.gguf import Header
-from anser.ports import Call
+from anser.ports import Call, Route
 
 __all__ = ["LlamaCppEngine"]
 
@@ -162,7 +162,8 @@ class LlamaCppEngine:
         assert self._header is not None
         body, translator = prepare(call, self._model_id, self._header.control_tokens)
         await self._take_turn()
-        stream = AnswerStream(translator)
+        asked = "messages" if call.route is Route.CHAT else "prompt"
+        stream = AnswerStream(translator, asked=asked)
         self._streams.add(stream)
         future = self._begin(
             lambda: stream.run(lambda take: native.generate(call.route, body, take))
@@ -227,7 +228,7 @@ def _embed(native: Native, body: bytes) -> bytes:
     except (ValueError, RuntimeError) as error:
         raise refusal_from(str(error)) from error
     if data.startswith(b'{"error":'):
-        raise error_from(data)
+        raise error_from(data, asked="input")
     return data
 
 

@@ -1,9 +1,8 @@
 """From an OpenAI body to what llama.cpp takes, and back from its chunks.
 
-What it takes differs in little: schemas may refer only to "#/$defs/..." and have no `true` in them;
-a control token that a bias forces makes no chunk, so such an answer could not be aborted; the role
-does not always come; and `/v1/completions` puts its usage into the last chunk instead of one of its
-own.
+What it takes differs in little: forms and tools become a grammar; one seed means "any"; a control
+token that a bias forces makes no chunk, so such an answer could not be aborted; the role does not
+always come; and `/v1/completions` puts its usage into the last chunk instead of one of its own.
 """
 
 from __future__ import annotations
@@ -12,19 +11,22 @@ import json
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from anser.adapters.llamacpp_grammar import Grammar
+from anser.adapters.llamacpp_json import dump, is_list, is_object
 from anser.adapters.llamacpp_stream import Translator
 from anser.adapters.llamacpp_tools import (
-    ForcedCall,
+    ChosenCallTranslator,
     ForcedCallTranslator,
-    dump,
-    is_list,
-    is_object,
+    Tools,
+    plain_messages,
 )
 from anser.core.errors import EngineRefused
-from anser.core.schema import check_schema
 from anser.ports import Call, Route
 
-__all__ = ["prepare", "rebased", "split_inputs"]
+__all__ = ["prepare", "split_inputs"]
+
+
+_ANY_SEED = 0xFFFFFFFF
 
 
 def prepare(call: Call, model_id: str, control_tokens: frozenset[int]) -> tuple[bytes, Translator]:
@@ -32,7 +34,7 @@ def prepare(call: Call, model_id: str, control_tokens: frozenset[int]) -> tuple[
 
     Raises EngineRefused, InvalidField.
     """
-    body = dict(call.body)
+    body: dict[str, Any] = dict(call.body)
     body.update(
         model=model_id,
         stream=True,
@@ -41,6 +43,8 @@ def prepare(call: Call, model_id: str, control_tokens: frozenset[int]) -> tuple[
         cache_prompt=True,
     )
     body.pop("n", None)
+    if isinstance(body.get("seed"), int):
+        body["seed"] %= _ANY_SEED  # it reads 32 bits, and all ones as "choose one yourself"
     _check_bias(body.get("logit_bias"), control_tokens)
     is_chat = call.route is Route.CHAT
     translator = _prepare_chat(body) if is_chat else _prepare_completion(body)
@@ -98,7 +102,7 @@ def _check_bias(bias: object, control_tokens: frozenset[int]) -> None:
             )
 
 
-def _prepare_completion(body: dict[str, object]) -> Translator:
+def _prepare_completion(body: dict[str, Any]) -> Translator:
     prompt = body.get("prompt")
     if is_list(prompt) and len(prompt) > 1 and not isinstance(prompt[0], int):
         raise EngineRefused("One prompt at a time.", param="prompt")
@@ -107,59 +111,70 @@ def _prepare_completion(body: dict[str, object]) -> Translator:
     return _UsageApart()
 
 
-def _prepare_chat(body: dict[str, object]) -> Translator:
-    tools: Any = body.get("tools")
-    for index, tool in enumerate(tools or ()):
-        parameters = tool["function"].get("parameters")
-        if parameters is not None:
-            check_schema(parameters, path=f"tools[{index}].function.parameters")
-    forced = ForcedCall.of(body)
-    if forced is not None:
-        form = forced.schema(rebased)
-        body["messages"] = forced.messages(body["messages"])
-        for field in ("tools", "tool_choice", "parallel_tool_calls", "logprobs", "top_logprobs"):
-            body.pop(field, None)
-        body["response_format"] = _schema_format(form)
-        return _RoleFirst(ForcedCallTranslator(forced.named))
-    form_of_answer: Any = body.get("response_format")
-    if form_of_answer is not None and form_of_answer.get("type") == "json_schema":
-        schema = form_of_answer["json_schema"]["schema"]
-        check_schema(schema, path="response_format.json_schema.schema")
-        body["response_format"] = _schema_format(
-            {"$ref": "#/$defs/answer", "$defs": {"answer": rebased(schema, "#/$defs/answer")}}
+def _prepare_chat(body: dict[str, Any]) -> Translator:
+    tools = Tools.of(body)
+    if tools is not None and body.get("logprobs"):
+        raise EngineRefused(
+            "The engine in this process gives no logprobs where tools may be called: leave out "
+            "`logprobs` or `tools`.",
+            param="logprobs",
         )
-    return _RoleFirst()
+    body["messages"] = plain_messages(body["messages"])
+    grammar = Grammar()
+    rule = _form(body.pop("response_format", None), grammar)
+    for field in ("tools", "tool_choice", "parallel_tool_calls"):
+        body.pop(field, None)
+    translator: Translator | None = None
+    if tools is not None:
+        body["messages"] = tools.messages(body["messages"])
+        rule, translator = _with_tools(tools, body, grammar, rule)
+    elif body.get("logprobs"):
+        translator = _top_logprobs(body)
+    if rule is not None:
+        body["grammar"] = grammar.text(rule)
+    return _RoleFirst(translator)
 
 
-def _schema_format(schema: dict[str, object]) -> dict[str, object]:
-    return {"type": "json_schema", "json_schema": {"name": "answer", "schema": schema}}
+def _form(form: Any, grammar: Grammar) -> str | None:
+    """The rule for an answer of this form; None for free text."""
+    kind = form.get("type") if is_object(form) else "text"
+    if kind == "json_object":
+        return "object"
+    if kind != "json_schema":
+        return None
+    asked = form["json_schema"]
+    strict = asked.get("strict") is not False
+    return grammar.add(asked["schema"], path="response_format.json_schema.schema", strict=strict)
 
 
-# --------------------------------------------------------------------------------- schemas
-
-_MAPS = {"properties", "patternProperties", "$defs", "definitions", "dependentSchemas"}
-_LITERAL = {"const", "enum", "default", "examples"}
-
-
-def rebased(schema: Any, base: str) -> Any:
-    """The schema as it is written when it does not lie at "#" but at `base`."""
-    if schema is True:
-        return {}
-    if is_list(schema):
-        return [rebased(each, base) for each in schema]
-    if not is_object(schema):
-        return schema
-    return {key: _rebased_value(key, value, base) for key, value in schema.items()}
+def _with_tools(
+    tools: Tools, body: dict[str, Any], grammar: Grammar, rule: str | None
+) -> tuple[str, Translator]:
+    if not tools.forced:
+        return tools.choice(grammar, rule), ChosenCallTranslator()
+    body.pop("stop", None)  # it would cut the arguments
+    return tools.call(grammar), ForcedCallTranslator(tools.named)
 
 
-def _rebased_value(key: str, value: Any, base: str) -> Any:
-    if key == "$ref" and isinstance(value, str):
-        return base + value.removeprefix("#")
-    if key in _LITERAL or isinstance(value, bool):
-        return value
-    if key in _MAPS and is_object(value):
-        return {name: rebased(each, base) for name, each in value.items()}
-    return rebased(value, base)
+def _top_logprobs(body: dict[str, Any]) -> Translator | None:
+    """Without alternatives llama.cpp gives none at all, and left to itself twenty of them."""
+    if body.get("top_logprobs"):
+        return None
+    body["top_logprobs"] = 1
+    return _NoAlternatives()
+
+
+class _NoAlternatives:
+    """Takes the alternatives out of chat's logprobs."""
+
+    def feed(self, chunk: bytes) -> Iterable[bytes]:
+        if b'"top_logprobs":[' not in chunk:
+            return (chunk,)
+        value: dict[str, Any] = json.loads(chunk)
+        for choice in value["choices"]:
+            for token in choice["logprobs"]["content"]:
+                token["top_logprobs"] = []
+        return (dump(value),)
 
 
 # ------------------------------------------------------------------------------ embeddings

@@ -50,9 +50,11 @@ class Translator(Protocol):
 class AnswerStream:
     """The chunks of one answer; iterate on the loop that made it."""
 
-    def __init__(self, translator: Translator) -> None:
+    def __init__(self, translator: Translator, *, asked: str = "messages") -> None:
+        """`asked` is the field that holds the prompt, for errors to name."""
         self._loop = asyncio.get_running_loop()
         self._translator = translator
+        self._asked = asked
         self._taken: deque[bytes] = deque()
         self._ready: deque[bytes] = deque()
         self._woken = asyncio.Event()
@@ -139,7 +141,7 @@ class AnswerStream:
         if _PROGRESS in chunk or chunk == b"null":
             return False
         if chunk.startswith(_ERROR):
-            self._failure = error_from(chunk)
+            self._failure = error_from(chunk, asked=self._asked)
             return True
         self._complete = self._complete or _USAGE in chunk
         if not self._room.acquire(timeout=limits.WRITE_TIMEOUT_S):
@@ -162,8 +164,8 @@ _TOO_LARGE = re.compile(r"input \((\d+) tokens\) is too large")
 _DETAIL = re.compile(r".*(JSON schema error at .*)", re.DOTALL)
 
 
-def error_from(data: bytes) -> AnserError:
-    """What an error object of llama.cpp means."""
+def error_from(data: bytes, *, asked: str) -> AnserError:
+    """What an error object of llama.cpp means; `asked` is the field that holds the prompt."""
     try:
         error: Any = json.loads(data)["error"]
         code, message = int(error["code"]), str(error["message"])
@@ -171,10 +173,10 @@ def error_from(data: bytes) -> AnserError:
         return EngineBroken("llama.cpp sent an error that cannot be read.")
     if error.get("type") == "exceed_context_size_error":
         prompt, most = error.get("n_prompt_tokens"), error.get("n_ctx")
-        return _too_long(prompt, most)
+        return _too_long(prompt, most, asked)
     too_large = _TOO_LARGE.search(message)
     if too_large is not None:
-        return _too_long(too_large[1], limits.EMBEDDING_TOKENS_MAX)
+        return _too_long(too_large[1], limits.EMBEDDING_TOKENS_MAX, asked)
     if 400 <= code < 500:
         return EngineRefused(message[: 4 * limits.ECHO_CHARS_MAX], status=code)
     if code == 503:
@@ -189,7 +191,8 @@ def refusal_from(message: str) -> EngineRefused:
     return EngineRefused(words[: 4 * limits.ECHO_CHARS_MAX])
 
 
-def _too_long(prompt: object, most: object) -> ContextTooLong:
+def _too_long(prompt: object, most: object, asked: str) -> ContextTooLong:
     return ContextTooLong(
-        f"This model takes at most {most} tokens; the prompt has {prompt}. Shorten it."
+        f"This model takes at most {most} tokens; the prompt has {prompt}. Shorten it.",
+        param=asked,
     )

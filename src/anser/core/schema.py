@@ -23,7 +23,7 @@ from anser.core import limits
 from anser.core.errors import InvalidField
 from anser.core.pattern import PatternError, check_pattern
 
-__all__ = ["check_schema"]
+__all__ = ["check_schema", "referred"]
 
 _SAME_VALUE_LISTS = ("allOf", "anyOf", "oneOf")
 _SAME_VALUE_ONES = ("not", "if", "then", "else")
@@ -41,6 +41,7 @@ _PART_ONES = (
 _PART_MAPS = ("properties", "patternProperties")
 _SHELVES = ("$defs", "definitions")  # written out only where a reference asks for it
 
+_TYPES = ("object", "array", "string", "number", "integer", "boolean", "null")
 _COUNTS = ("minItems", "maxItems", "minLength", "maxLength", "minProperties", "maxProperties")
 _NUMBERS = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf")
 # Written out, "at least 4 and at most 2" is 2^64 - 2 copies in one engine.
@@ -60,6 +61,14 @@ _Schema = dict[str, object]
 def check_schema(schema: object, *, path: str = "response_format") -> None:
     """Raise InvalidField, naming the field at `path`, unless an engine can take it safely."""
     _Check(schema, path).run()
+
+
+def referred(root: object, pointer: str) -> object:
+    """What a reference points to: a JSON pointer (RFC 6901) behind "#"; or None."""
+    target = root
+    for part in pointer.split("/")[1:]:
+        target = _step(target, part.replace("~1", "/").replace("~0", "~"))
+    return target
 
 
 class _Check:
@@ -103,11 +112,42 @@ class _Check:
         self._schemas[id(schema)] = schema
         if len(self._schemas) > limits.SCHEMA_NODES_MAX:
             raise self._refusal(f"has more than {limits.SCHEMA_NODES_MAX} subschemas")
+        self._check_shape(schema)
+        self._check_texts(schema)
         self._check_values(schema)
         self._check_numbers(schema)
         self._check_names(schema)
         for child in (*_same_value(schema), *_parts(schema), *_mapped(schema, _SHELVES)):
             self._visit(child)
+
+    def _check_shape(self, schema: _Schema) -> None:
+        """Where a schema belongs there is one; engines fall over anything else."""
+        for key in (*_SAME_VALUE_ONES, *_PART_ONES):
+            lists = key in _PART_LISTS and _is_list(schema.get(key))
+            if not lists and not _is_schema(schema.get(key, True)):
+                raise self._refusal(f"has `{key}` that is not a schema")
+        for key in (*_SAME_VALUE_LISTS, *_PART_LISTS):
+            schemas = schema.get(key, [True])
+            if not _are_schemas(schemas) and not (key in _PART_ONES and not _is_list(schemas)):
+                raise self._refusal(f"has `{key}` that is not a list of schemas")
+        for key in (*_SAME_VALUE_MAPS, *_PART_MAPS, *_SHELVES):
+            schemas = schema.get(key, {})
+            if not _is_object(schemas) or not all(map(_is_schema, schemas.values())):
+                raise self._refusal(f"has `{key}` that is not an object of schemas")
+
+    def _check_texts(self, schema: _Schema) -> None:
+        """Names, types and formats: what they are, and that a terminal can show them."""
+        required, kinds = schema.get("required", []), schema.get("type", "object")
+        names = [*_object(schema.get("properties")), *_list(required)]
+        if not _is_list(required) or not all(isinstance(name, str) for name in names):
+            raise self._refusal("has `required` that is not a list of names")
+        if any(not each.isprintable() for each in names if isinstance(each, str)):
+            raise self._refusal("has a name with a character that cannot be printed")
+        listed = kinds if _is_list(kinds) else [kinds]
+        if not listed or any(kind not in _TYPES for kind in listed):
+            raise self._refusal(f"has a `type` that is none of {', '.join(_TYPES)}")
+        if not isinstance(schema.get("format", ""), str):
+            raise self._refusal("has a `format` that is not a text")
 
     def _check_values(self, schema: _Schema) -> None:
         values = _list(schema.get("enum"))
@@ -155,9 +195,7 @@ class _Check:
         pointer = schema["$ref"]
         if not isinstance(pointer, str) or not (pointer == "#" or pointer.startswith("#/")):
             raise self._refusal('has a $ref that does not point into itself ("#/...")')
-        target: object = self._root
-        for part in pointer.split("/")[1:]:
-            target = _step(target, part.replace("~1", "/").replace("~0", "~"))
+        target = referred(self._root, pointer)
         found = self._schemas.get(id(target))
         if found is not None:
             yield found
@@ -204,6 +242,14 @@ class _Check:
         if sizes[id(root)] > limits.SCHEMA_EXPANDED_MAX:
             most = limits.SCHEMA_EXPANDED_MAX
             raise self._refusal(f"has more than {most} subschemas once its $refs are written out")
+
+
+def _is_schema(value: object) -> bool:
+    return isinstance(value, bool | dict)
+
+
+def _are_schemas(value: object) -> bool:
+    return _is_list(value) and bool(value) and all(map(_is_schema, value))
 
 
 def _is_object(value: object) -> TypeGuard[_Schema]:
