@@ -168,10 +168,29 @@ class Oracle:
         self.turns += 1
         job = Job(request, self.turns, self.pools.cell(request.model))
         nodes = self._most_free(job)
-        if not nodes and len(self.waiting()) >= self.queued_max:
-            _assert_refused(next(rest), request.id, "overloaded")
-            return
+        self._lifted(job)
         self._arrive(job, nodes, rest)
+        if len(self.waiting()) > self.queued_max:
+            longest = self._longest(job)
+            newest = max(
+                (other for other in self.waiting() if other.path == longest),
+                key=lambda other: (not other.retried, other.turn),
+            )
+            _assert_refused(next(rest), newest.request.id, "overloaded")
+            del self.jobs[newest.request.id]
+
+    def _longest(self, job: Job) -> Path:
+        """Who has most waiting, level by level, for its weight; between equals who comes."""
+        path: Path = ()
+        while children := [child for child in self.books if child[:-1] == path]:
+            path = max(
+                children,
+                key=lambda child: (
+                    self.queued(child) / self.books[child].weight,
+                    job.path[: len(child)] == child,
+                ),
+            )
+        return path
 
     def _cancelled(self, request: str, rest: Iterator[Decision]) -> None:
         job = self.jobs.get(request)
@@ -211,6 +230,7 @@ class Oracle:
         nodes = self._most_free(job)  # its own slot is not given back yet
         del self.jobs[job.request.id]
         job.node, job.cell = None, self.pools.cell(job.request.model)
+        self._lifted(job)
         self._arrive(job, nodes, rest)
 
     def _weighed(self, member: str, weight: int) -> None:
@@ -282,17 +302,19 @@ class Oracle:
         return [node for node in share if share[node] == max(share.values())]
 
     def _arrive(self, job: Job, nodes: list[str], rest: Iterator[Decision]) -> None:
-        for depth in range(1, len(job.path) + 1):
-            path = job.path[:depth]
-            books = self._open(path)
-            if not self.waits(path, job.cell.pool):
-                self._lift(books, path[:-1], job.cell.pool)
         self.jobs[job.request.id] = job
         if nodes:
             decision = next(rest)
             assert isinstance(decision, Start)
             assert decision.lease.node in nodes
             self._start(job, decision)
+
+    def _lifted(self, job: Job) -> None:
+        for depth in range(1, len(job.path) + 1):
+            path = job.path[:depth]
+            books = self._open(path)
+            if not self.waits(path, job.cell.pool):
+                self._lift(books, path[:-1], job.cell.pool)
 
     def _lift(self, books: Books, parent: Path, pool: int) -> None:
         books.lift(pool, self.level(parent, pool))

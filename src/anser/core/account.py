@@ -145,9 +145,12 @@ class Account:
 
     def oldest(self, lanes: Iterable[Lane]) -> Place:
         """Of a leaf: the request that has its turn first."""
-        place = self.least(lanes)
-        assert isinstance(place, Place)
-        return place
+        return _place(self.least(lanes))
+
+    def newest(self) -> Place:
+        """Of a leaf: the request that has its turn last."""
+        places = [place for heap in self.lanes.values() for place in heap]
+        return max((_place(place) for place in places), key=lambda place: place.key)
 
     def waits_in(self, pool: Pool) -> bool:
         """Whether anything at or below it waits for a slot of this pool."""
@@ -226,4 +229,9 @@ _NO_HOMES: dict[int, Heap[Place]] = {}
 
 def _account(item: Account | Place) -> Account:
     assert isinstance(item, Account)
+    return item
+
+
+def _place(item: Account | Place | None) -> Place:
+    assert isinstance(item, Place)
     return item

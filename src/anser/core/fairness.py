@@ -174,6 +174,11 @@ class Shares:
                 virtual = parent.virtual.get(pool)
                 account.limit(pool, 0 if virtual is None else virtual.reach)
 
+    def leave(self, leaf: Account, pool: Pool) -> None:
+        """Nothing of this pool is left on the path of `leaf`."""
+        for account, _ in leaf.path:
+            account.leave(pool)
+
     def _wake(self, account: Account, parent: Account) -> None:
         self._resting.pop(account, None)
         if not account.awake:
@@ -226,6 +231,19 @@ class Shares:
         At each level those with keys up to `window` above the least; about `most` in all.
         """
         return _window(self._root, lanes, window, most)
+
+    def longest(self, leaf: Account) -> Account:
+        """The leaf with most waiting, level by level, for its weight; between equals `leaf`.
+
+        Whose newest request goes from a queue that is too long (longest queue drop, after McKenney,
+        Stochastic Fairness Queueing, 1990).
+        """
+        own = {account for account, _ in leaf.path}
+        account = self._root
+        while not _is_leaf(account):
+            children = account.children.values()
+            account = max(children, key=lambda child: (child.queued / child.weight, child in own))
+        return account
 
     def start(self, leaf: Account, pool: Pool, micro_credits: int, now: float = 0.0) -> None:
         """A request of `leaf` gets a slot of `pool`, and pays this much at once."""

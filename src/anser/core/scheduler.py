@@ -210,15 +210,11 @@ class Scheduler:
     def _submit(self, request: Request) -> list[Decision]:
         if request.id in self._jobs:
             return self._drop()
-        lane = self._slots.lane(request.model)
-        full = self._shares.queued >= self.queued_max
-        if full and next(self._slots.freest(lane), None) is None:
-            return [self._refused(request, "overloaded")]
         self._turn += 1
         job = Job(
             id=request.id,
             account=self._shares.leaf(request.member),
-            lane=lane,
+            lane=self._slots.lane(request.model),
             key=self._turn,
             request=request,
         )
@@ -227,27 +223,25 @@ class Scheduler:
             job.homes, job.hit = match.nodes, job.tokens_of(match.blocks)
         self._shares.arrive(job.account, job.lane.supply.pool)
         node = self._free_node(job, more=1)
-        code = self._refusal(job, full=full and node is None)
-        if code is not None:
-            refused = self._refused(request, code)
-            self._shares.retire(job.account, self._now)
-            return [refused]
+        deadline = request.deadline
+        if node is None and deadline is not None and self._now + self._wait_s(request) > deadline:
+            self._leave(job)
+            return [self._refused(request, "deadline")]
         self._jobs[job.id] = job
         return self._wait_or_start(job, node)
 
-    def _refusal(self, job: Job, *, full: bool) -> str | None:
-        """Why it must not even wait, if it must not."""
-        if full:
-            return "overloaded"
-        deadline = job.request.deadline
-        if deadline is not None:
-            wait_s = self.wait_s(job.request.member, job.request.model)
-            if self._now + wait_s > deadline:
-                return "deadline"
-        return None
+    def _leave(self, job: Job) -> None:
+        """It does not wait in its lane: a pool that was of it alone ends."""
+        supply = job.lane.supply
+        if not supply.nodes and not supply.lanes:
+            self._shares.leave(job.account, supply.pool)
+        self._shares.retire(job.account, self._now)
+
+    def _wait_s(self, request: Request) -> float:
+        return self.wait_s(request.member, request.model)
 
     def _refused(self, request: Request, code: str) -> Refused:
-        wait_s = self.wait_s(request.member, request.model)
+        wait_s = self._wait_s(request)
         known = wait_s if wait_s < inf else None
         return Refused(request=request.id, code=code, retry_after_s=known)
 
@@ -358,13 +352,24 @@ class Scheduler:
         job.since = self._now
         self._shares.enqueue(job)
         self._slots.wait(job.lane)
-        decisions = [] if node is None else self._fill(node)
+        if node is None and not job.attempt and self._shares.queued > self.queued_max:
+            decisions: list[Decision] = [self._push_out(job)]
+        else:
+            decisions = [] if node is None else self._fill(node)
         if job.node is None:
             # What is free is not for this one, or was given to another a moment ago: look again.
             tried_at = self._now if node is None else -inf
             for other in list(self._slots.freest(job.lane)):
                 self._closed.setdefault(other, tried_at)
         return decisions
+
+    def _push_out(self, job: Job) -> Refused:
+        """The queue is longer than it may be since `job` came: who has most waiting loses one."""
+        place = self._shares.longest(job.account).newest()
+        other = self._jobs[place.id]
+        self._dequeue(other)
+        self._forget(other)
+        return self._refused(other.request, "overloaded")
 
     def _place_again(self, job: Job) -> list[Decision]:
         """Its home has not had a slot for it in time: any other will do."""

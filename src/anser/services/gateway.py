@@ -479,8 +479,12 @@ class Gateway:
                     run.ready.set_result(lease)
             case Refused(request=request, code="overloaded"):
                 message = "This platform has as many requests waiting as it takes."
-                refused = Overloaded(message, retry_after_s=_RETRY_AFTER_S)
-                self._runs[request].ready.set_exception(refused)
+                refused = Overloaded(
+                    message, retry_after_s=decision.retry_after_s or _RETRY_AFTER_S
+                )
+                run = self._runs[request]
+                if not run.ready.done():  # else its client has just left
+                    run.ready.set_exception(refused)
             case Refused():
                 refusals.append(decision)
             case _:  # Abort: the request's own task stops its engine
