@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import contextlib
 import re
 from collections.abc import AsyncGenerator
@@ -37,6 +38,7 @@ class FileServer:
     chunk_s: float = 0.0  # pause before each 1,000 bytes
     silent: bool = False  # accepts and never answers
     redirect: str | None = None
+    login: str | None = None  # user:password, without which it answers 401
     extra_headers: dict[str, str] = field(default_factory=dict)
     requests: list[Request] = field(default_factory=list)
     port: int = 0
@@ -65,6 +67,8 @@ class FileServer:
 
     async def _answer(self, request: Request, writer: asyncio.StreamWriter) -> None:
         status, headers, body = self._plan(request)
+        if self.login is not None and request.headers.get("authorization") != _basic(self.login):
+            status, headers, body = 401, {"www-authenticate": 'Basic realm="x"'}, b""
         if self.statuses:
             status, body = self.statuses.pop(0), b""
         headers["content-length"] = str(len(body))
@@ -98,6 +102,10 @@ class FileServer:
             return 416, headers, b""
         headers["content-range"] = f"bytes {begin}-{len(whole) - 1}/{len(whole)}"
         return 206, headers, whole[begin:]
+
+
+def _basic(login: str) -> str:
+    return f"Basic {base64.b64encode(login.encode()).decode()}"
 
 
 def _read(head: bytes) -> Request:

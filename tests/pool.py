@@ -13,7 +13,8 @@ from anser.adapters.clock import SystemClock
 from anser.adapters.memory import MemoryStore
 from anser.adapters.signer import KeyFileSigner
 from anser.config import GatewaySettings, MemberSettings
-from anser.core.fleet import Node, NodeState
+from anser.core.fleet import Node
+from anser.core.health import NodeState
 from anser.core.ledger import Receipt
 from anser.core.scheduler import Scheduler
 from anser.ports import Clock, Engine, Route

@@ -25,14 +25,16 @@ from anser.adapters.datadir import DataDir
 from anser.adapters.engine_http import HttpEngine
 from anser.adapters.engine_llamacpp import LlamaCppEngine
 from anser.adapters.mirrors import mirrors_for
+from anser.adapters.model_file import examine
 from anser.adapters.process import harden, open_files_max
 from anser.adapters.signer import KeyFileSigner
 from anser.adapters.sqlite import SqliteStore
 from anser.api.app import admin_app, public_app
 from anser.api.context import Services
 from anser.config import Config, Loaded, split_address
-from anser.core.errors import AnserError, ConfigError
-from anser.core.fleet import Node, NodeState
+from anser.core.errors import AnserError, ConfigError, SourceError
+from anser.core.fleet import Node
+from anser.core.health import NodeState
 from anser.core.hub import Model
 from anser.core.limits import CONNECTIONS_MAX, FILES_RESERVED, RETRIES_MAX
 from anser.core.scheduler import Scheduler
@@ -41,17 +43,19 @@ from anser.services.fleet import Fleet
 from anser.services.gateway import Gateway
 from anser.services.hub import Hub
 from anser.services.ledger import Ledger
-from anser.services.members import OWNER, Members
+from anser.services.members import OWNER, Members, Spent
 from anser.wire.doors import Door, StopSignals, is_loopback, listen, listen_unix, url_of
 from anser.wire.server import GuardSettings
 
-__all__ = ["BUILTIN", "Listening", "Platform", "open_platform", "serve"]
+__all__ = ["BUILTIN", "Listening", "Platform", "examine", "open_platform", "serve"]
 
 BUILTIN = "builtin"
-_DAY_MS = 86_400_000
+_DAY_MS, _HOUR_MS = 86_400_000, 3_600_000
 _START_KEY_LIFETIME_S = 30 * 86_400.0
 _FIRST_LOOK_S = 0.02
 _FIRST_LOOKS = 50  # at nodes that have not said what they serve, before a model is named
+_FETCH_AGAIN_S = 5.0
+_FETCH_AGAIN_MAX_S = 300.0
 _log = structlog.get_logger("anser")
 
 
@@ -97,10 +101,12 @@ async def open_platform(
         clock = SystemClock()
         members = Members(store, clock, folder.pepper(), config.members, _anonymous(config))
         await members.load()
-        fleet = Fleet(store, clock, config.gateway, _engine_for)
+        signer = KeyFileSigner.open(folder.signing_key)
+        own_key = signer.public_key.hex()
+        fleet = Fleet(store, clock, config.gateway, _engine_for, own_key=own_key)
         await fleet.load()
         stack.push_async_callback(fleet.aclose)
-        ledger = Ledger(store, KeyFileSigner.open(folder.signing_key), clock)
+        ledger = Ledger(store, signer, clock)
         hub = Hub(mirrors_for(config.engine.mirrors), DiskBlobs(folder.path / "blobs"))
         services = Services(
             loaded=loaded,
@@ -148,12 +154,17 @@ def _engine_for(node: Node) -> Engine:
 
 
 async def _restore_days(services: Services) -> None:
-    """Count what was used in the last day, so that a restart gives nobody a fresh daily limit."""
-    now_ms = int(services.clock.wall() * 1_000)
-    since_ms, until_ms = now_ms - _DAY_MS, now_ms + _DAY_MS  # the clock may have been set back
-    rows = await services.ledger.usage(since_ms=since_ms, until_ms=until_ms, member=None)
-    for row in rows:
-        services.members.restore_day(row.member, row.prompt_tokens + row.completion_tokens)
+    """Count what was used hour by hour, so that a restart gives nobody a fresh daily limit."""
+    if not services.members.counts_days:
+        return
+    now_ms, spent = int(services.clock.wall() * 1_000), list[Spent]()
+    for hours in reversed(range(48)):
+        since_ms = now_ms - (hours + 1) * _HOUR_MS
+        until_ms = since_ms + (_HOUR_MS if hours else _DAY_MS)  # the clock may have been set back
+        for row in await services.ledger.usage(since_ms=since_ms, until_ms=until_ms, member=None):
+            tokens = row.prompt_tokens + row.completion_tokens
+            spent.append(Spent(member=row.member, tokens=tokens, ago_s=hours * 3_600.0))
+    services.members.restore_days(spent)
 
 
 @asynccontextmanager
@@ -173,9 +184,10 @@ async def _loops(services: Services) -> AsyncGenerator[None]:
 async def _builtin(services: Services, progress: Progress | None) -> AsyncGenerator[None]:
     """The engine of this process as a node; it is known at once and serves when it has loaded."""
     settings = services.config.engine
-    model = services.hub.resolve(settings.model)
+    model = await asyncio.to_thread(services.hub.resolve, settings.model)
     if model.file.path is not None and services.hub.find(model) is None:
-        raise ConfigError(f"engine.model: there is no file {model.file.path}.")
+        message = f"engine.model: there is no file {model.file.path}."
+        raise ConfigError(message, param="engine.model")
     engine = LlamaCppEngine(model.id, settings)
     node = Node(id=BUILTIN, url="builtin:", model=model.id, slots=settings.slots)
     services.fleet.attach(node, engine)
@@ -191,13 +203,27 @@ async def _builtin(services: Services, progress: Progress | None) -> AsyncGenera
 async def _load(
     services: Services, engine: LlamaCppEngine, model: Model, progress: Progress | None
 ) -> None:
-    """Fetch and load the model; a failure is the node's state, not the platform's end."""
-    try:
-        path = await services.hub.ensure(model, progress or _silent)
-        await engine.start(path)
-    except AnserError as error:
-        _log.error("the built-in engine cannot serve", model=model.id, reason=error.message)
-        await engine.fail(error)
+    """Fetch and load the model; a failure is the node's state, not the platform's end.
+
+    What could not be had is tried again, ever more rarely: a laptop may come back to its network.
+    """
+    pause_s = _FETCH_AGAIN_S
+    while True:
+        try:
+            path = await services.hub.ensure(model, progress or _silent)
+            await engine.start(path)
+        except SourceError as error:
+            words = f"{error.message} It is tried again in {pause_s:.0f} s."
+            _log.warning("the model could not be fetched", model=model.id, reason=words)
+            await engine.fail(SourceError(words))
+        except AnserError as error:
+            _log.error("the built-in engine cannot serve", model=model.id, reason=error.message)
+            await engine.fail(error)
+            return
+        else:
+            return
+        await asyncio.sleep(pause_s)
+        pause_s = min(2 * pause_s, _FETCH_AGAIN_MAX_S)
 
 
 def _silent(_done: int, _total: int | None) -> None:
@@ -227,10 +253,11 @@ async def serve(
         doors = [Door(platform.public_app, public, guard)]
         inner = stack.enter_context(listen_unix(platform.data_dir.socket))
         doors.append(Door(platform.admin_app, inner, guard))
+        outer = None
         if config.server.admin_listen:
             outer = stack.enter_context(listen(*split_address(config.server.admin_listen)))
             doors.append(Door(platform.admin_app, outer, guard))
-        listening = await _listening(platform, public, mint_key=mint_key)
+        listening = await _listening(platform, public, outer, mint_key=mint_key)
         async with asyncio.TaskGroup() as tasks:
             for door in doors:
                 tasks.create_task(door.serve())
@@ -262,15 +289,17 @@ def _connections_max(files_max: int) -> int:
     return min(CONNECTIONS_MAX, max(1, (files_max - FILES_RESERVED) // 2))
 
 
-async def _listening(platform: Platform, public: socket.socket, *, mint_key: bool) -> Listening:
-    config, members = platform.services.config, platform.services.members
+async def _listening(
+    platform: Platform, public: socket.socket, outer: socket.socket | None, *, mint_key: bool
+) -> Listening:
+    members = platform.services.members
     key = None
     if mint_key:
         key, _ = await members.create_key(OWNER, label="start", lifetime_s=_START_KEY_LIFETIME_S)
     return Listening(
         url=url_of(public),
         admin_socket=platform.data_dir.socket,
-        admin_url=config.server.admin_listen or None,
+        admin_url=None if outer is None else url_of(outer),
         key=key,
         model=await _first_model(platform.services),
         anonymous=members.anonymous,

@@ -95,6 +95,7 @@ class TestDisk:
             partial = blobs.partial(SHA256)
             partial.write_bytes(DATA)
             partial.with_name(f"{partial.name}.from").write_text("{}")
+            partial.with_name(f"{partial.name}.killed").mkdir()
             await blobs.commit(SHA256)
         assert [path.suffix for path in (tmp_path / "partial").iterdir()] == [".lock"]
         blobs.validate()

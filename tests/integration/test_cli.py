@@ -165,13 +165,14 @@ def test_commands_wait_for_each_other(data_dir: Path) -> None:
 
 
 def test_looking_without_a_platform(data_dir: Path) -> None:
-    """models, top and usage answer without a platform too: nothing is there yet."""
+    """models and usage answer without a platform too: nothing is there yet; top says so."""
     at = ("--data-dir", data_dir)
     assert told("models", *at)["data"] == []
     assert told("usage", *at)["usage"] == []
-    pool = told("top", *at)
-    assert (pool["queued"], pool["running"], pool["nodes"]) == (0, 0, [])
-    assert "waiting 0" in anser("top", *at).stdout
+    assert "anser serve" in anser("models", *at).stdout
+    ended = anser("top", *at)
+    assert ended.returncode == 1
+    assert "No platform runs on this data folder" in ended.stderr
 
 
 # ---------------------------------------------------------------------------------- settings

@@ -258,15 +258,14 @@ def test_a_platform_elsewhere_is_asked_with_a_key(live: Server, data: Path, tmp_
     assert told("models", environment=same)["data"]
 
 
-def test_the_admin_listener_wants_an_operators_key(data_dir: Path, free_port: int) -> None:
+def test_the_admin_listener_wants_an_operators_key(data_dir: Path) -> None:
     """On the admin listener commands need an operator's key; others are told how to get one."""
-    environment = {"ANSER_SERVER_ADMIN_LISTEN": f"127.0.0.1:{free_port}"}
+    environment = {"ANSER_SERVER_ADMIN_LISTEN": "127.0.0.1:0"}
     with serving(data_dir, "--no-engine", environment=environment) as server:
         at = ("--data-dir", data_dir)
         plain = told("key", "create", "local", *at)["key"]
         operator = told("key", "create", "local", "--operator", *at)["key"]
         url = server.events[0]["admin_url"]
-        assert f":{free_port}" in url
 
         def asked(key: str) -> subprocess.CompletedProcess[str]:
             return anser("member", "list", "--url", url, environment={"ANSER_API_KEY": key})

@@ -10,6 +10,8 @@ import pytest
 import structlog
 
 from anser.cli.app import main
+from anser.core.hub import DEFAULT_MODEL
+from tests.model import model_path
 from tests.receipts import make_receipt
 from tests.test_tidy import commands
 
@@ -55,6 +57,8 @@ def test_every_command_explains_itself(say: Say, words: str) -> None:
         (["key", "create"], ["MEMBER", "anser key create --help"]),
         (["key", "create", "a", "--expires", "soon"], ["--expires", "30d"]),
         (["member", "add", "a", "--weight", "0"], ["--weight"]),
+        (["member", "add", "a", "--weight", "inf"], ["--weight"]),
+        (["models", "--data-dir", ""], ["--data-dir", "folder"]),
         (["receipt", "verify", "a", "b"], ["b"]),
         (["top", "--interval", "\x1b[31m"], ["--interval", "\\x1b[31m"]),
     ],
@@ -185,11 +189,6 @@ def recorded(data_dir: Path) -> bytes:
     return asyncio.run(record())
 
 
-def test_top_says_when_it_is_no_terminal(say: Say) -> None:
-    """Off a terminal top shows the present moment and ends."""
-    assert "waiting 0" in say("top", "--once")
-
-
 # ---------------------------------------------------------------------------------- doctor
 
 
@@ -228,10 +227,14 @@ def test_doctor_tells_of_a_model_that_is_not_here(
     model = next(check for check in checks if check["name"] == "model")
     assert (model["verdict"], "--model" in model["way"]) == ("fail", True)
     file.write_text("x")
+    checks = json.loads(say("doctor", "--json", code=1))["checks"]
+    model = next(check for check in checks if check["name"] == "model")
+    assert (model["verdict"], "truncated" in model["way"]) == ("fail", True), model
+    assert str(file) in model["found"]
+    monkeypatch.setenv("ANSER_ENGINE_MODEL", str(model_path()))
     checks = json.loads(say("doctor", "--json"))["checks"]
     model = next(check for check in checks if check["name"] == "model")
-    assert model["verdict"] == "ok"
-    assert str(file) in model["found"]
+    assert (model["verdict"], model["found"].split(":")[0]) == ("ok", DEFAULT_MODEL.id)
     monkeypatch.setenv("ANSER_ENGINE_MODEL", "nonsense")
     checks = json.loads(say("doctor", "--json", code=1))["checks"]
     settings = next(check for check in checks if check["name"] == "settings")

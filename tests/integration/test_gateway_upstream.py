@@ -10,8 +10,11 @@ from contextlib import asynccontextmanager
 import pytest
 
 from anser.adapters.engine_http import HttpEngine
-from anser.core.errors import EngineBroken, EngineDeclined
-from anser.core.fleet import Node, NodeState
+from anser.adapters.engine_llamacpp import LlamaCppEngine
+from anser.config import EngineSettings
+from anser.core.errors import EngineBroken, EngineDeclined, NoNode, SourceError
+from anser.core.fleet import Node
+from anser.core.health import NodeState
 from anser.core.ledger import Outcome
 from anser.services.chunks import Piece
 from tests.hostile import SSE_HEAD, Hostile, Script, Talk, answer, delta, event, stream
@@ -147,12 +150,55 @@ async def test_a_node_that_breaks_before_its_first_token_is_replaced(first: byte
         assert [lease.node for lease in receipt.leases] == ["n0", "n1"]
 
 
+async def test_a_node_that_declines_is_set_aside() -> None:
+    """No breaker opens, but it is seen as trouble, and nobody waits longer than it is worth."""
+    busy = answer(b"{}", status="429 Too Many Requests\r\nRetry-After: 60")
+    async with pool_over(busy) as (pool, _):
+        with pytest.raises(EngineDeclined, match="busy"):
+            async with pool.gateway.answer(demand("first")):
+                pass
+        status = pool.fleet.status("n0")
+        assert (status.state, status.usable) == (NodeState.SUSPECT, 0)
+        assert status.error == "The engine is busy (429)."
+        with pytest.raises(NoNode, match="busy") as caught:
+            async with pool.gateway.answer(demand("second")):
+                pass
+        assert caught.value.retry_after_s is not None
+        assert 50 < caught.value.retry_after_s <= 60
+
+
 @pytest.mark.parametrize("status", ["401 Unauthorized", "404 Not Found", "429 Too Many Requests"])
-async def test_a_node_that_declines_is_not_blamed(status: str) -> None:
-    """A 4xx is never the node's failure: its breaker stays shut, however often it declines."""
-    async with pool_over(answer(b"{}", status=status)) as (pool, _):
-        for number in range(6):
-            with pytest.raises(EngineDeclined):
-                async with pool.gateway.answer(demand(str(number))):
-                    pass
-        assert pool.fleet.status("n0").state is NodeState.UP
+async def test_nodes_that_decline_do_not_draw_the_traffic(status: str) -> None:
+    """Whoever declines fastest has the most free slots: it must not be asked again and again."""
+    declines = answer(b"{}", status=status)
+    async with pool_over(declines, declines, stream("well")) as (pool, hostiles):
+        for number in range(10):
+            pieces, error = await read(pool, str(number))
+            assert pieces
+            assert error is None
+        asked = [sum(seen.method == "POST" for seen in each.seen) for each in hostiles]
+        assert asked == [1, 1, 10]
+
+
+async def test_who_waits_for_a_model_that_does_not_load_is_told() -> None:
+    """The last node that could have served goes down: its error is the answer, and at once."""
+    engine = LlamaCppEngine("memory", EngineSettings())
+    async with open_pool({}) as pool:
+        pool.fleet.attach(Node(id="own", url="builtin:", model="memory", slots=1), engine)
+        async with asyncio.timeout(5), asyncio.TaskGroup() as tasks:
+            waiting = tasks.create_task(_refused(pool))
+            while not pool.gateway.snapshot().queued:
+                await asyncio.sleep(0.01)
+            await engine.fail(SourceError("There is no network."))
+        assert "There is no network." in waiting.result()
+        [receipt] = await pool.receipts()
+        assert (receipt.outcome, receipt.error) == (Outcome.FAILED, NoNode.code)
+        assert pool.gateway.snapshot().queued == 0
+    await engine.aclose()
+
+
+async def _refused(pool: Pool) -> str:
+    with pytest.raises(NoNode) as caught:
+        async with pool.gateway.answer(demand()):
+            pass
+    return caught.value.message

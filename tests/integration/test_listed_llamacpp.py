@@ -13,7 +13,8 @@ from anser.adapters.engine_http import HttpEngine
 from anser.adapters.memory import MemoryStore
 from anser.config import GatewaySettings
 from anser.core.errors import EngineError, EngineRefused, EngineUnreachable
-from anser.core.fleet import EngineKind, Node, NodeState
+from anser.core.fleet import EngineKind, Node
+from anser.core.health import NodeState
 from anser.ports import Call, Engine, Route
 from anser.services.fleet import Fleet
 from tests.llama_server import LlamaServer, llama_server

@@ -235,6 +235,22 @@ def test_two_starts_do_not_install_at_once(uninstalled: Path, environment: dict[
     assert not (uninstalled / ".venv").exists()
 
 
+def test_a_start_that_was_killed_is_no_hindrance(
+    uninstalled: Path, environment: dict[str, str]
+) -> None:
+    """Its lock is taken over once its process is gone, and not before."""
+    alone = {**environment, "PIP_CONFIG_FILE": os.devnull, "PIP_NO_INDEX": "1"}
+    alone["PIP_FIND_LINKS"] = str(uninstalled)
+    lock = uninstalled / ".venv.lock"
+    with subprocess.Popen(["sleep", "60"]) as other:
+        lock.mkdir()
+        (lock / "pid").write_text(f"{other.pid}\n")
+        assert "Another ./start is installing" in start(uninstalled, alone).stderr
+        other.kill()
+    assert "could not be installed" in start(uninstalled, alone).stderr
+    assert not lock.exists()
+
+
 def test_what_differs_from_the_lock_is_refused(
     uninstalled: Path, environment: dict[str, str]
 ) -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import os
+import sqlite3
 import stat
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -47,6 +49,29 @@ async def test_clean_end_leaves_one_private_file(path: Path, signer: Signer) -> 
     assert modes == {"anser.db": 0o600, "anser.db-wal": 0o600, "anser.db-shm": 0o600}
     assert [entry.name for entry in path.parent.iterdir()] == ["anser.db"]
     assert not sqlite_schema.unclean(path)
+
+
+async def test_what_is_stored_is_on_the_disk_and_a_reader_only_reads(path: Path) -> None:
+    """COMMIT returns when the disk has it (FULL, past the drive's cache); reads cannot write."""
+    async with SqliteStore.open(path) as store:
+        for lane, only in ((store._writer, 0), (store._reader, 1)):
+            settings = {
+                name: await lane.call(_pragma(name))
+                for name in ("synchronous", "fullfsync", "journal_mode", "query_only")
+            }
+            assert settings == {
+                "synchronous": 2,
+                "fullfsync": 1,
+                "journal_mode": "wal",
+                "query_only": only,
+            }
+        with pytest.raises(StoreError, match=r"readonly|read-only"):
+            await store._reader.call(lambda reader: reader.execute("DELETE FROM nodes"))
+
+
+def _pragma(name: str) -> Callable[[sqlite3.Connection], object]:
+    """Ask a connection for one of its settings."""
+    return lambda connection: connection.execute(f"PRAGMA {name}").fetchone()[0]
 
 
 async def test_a_call_has_its_deadline(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

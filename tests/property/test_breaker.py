@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from anser.core.fleet import (
+from anser.core.health import (
     Answered,
     Drained,
     Health,
@@ -14,6 +14,8 @@ from anser.core.fleet import (
     NodeState,
     Resumed,
     Silent,
+    Spared,
+    StreamDeclined,
     StreamFailed,
     StreamFinished,
     Ticked,
@@ -25,6 +27,8 @@ _EVENTS: st.SearchStrategy[HealthEvent] = st.one_of(
     st.builds(Silent, loading=st.booleans()),
     st.just(StreamFinished()),
     st.builds(StreamFailed, jitter=st.floats(0, 1)),
+    st.builds(StreamDeclined, pause_s=st.none() | st.floats(0, 10_000), jitter=st.floats(0, 1)),
+    st.just(Spared()),
     st.just(Resumed()),
     st.just(Ticked()),
 )
@@ -48,6 +52,8 @@ def test_invariants_hold_after_any_history(
         if health.retry_at is not None:
             assert now <= health.retry_at <= now + _RULES.backoff_max_s * 1.25
             assert was_open or isinstance(event, StreamFailed)
+        if health.aside_until is not None:
+            assert now <= health.aside_until <= now + _RULES.aside_max_s
 
 
 @given(_HISTORY)
@@ -74,7 +80,7 @@ def test_every_node_can_come_back(history: list[tuple[float, HealthEvent]]) -> N
     for pause, event in history:
         now += pause
         health.handle(event, now)
-    now += _RULES.backoff_max_s * 1.25
+    now += _RULES.aside_max_s
     health.handle(Answered(), now)
     for _ in range(_RULES.trials):
         health.handle(StreamFinished(), now)

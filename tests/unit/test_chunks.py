@@ -128,6 +128,16 @@ def test_running_usage_beside_text_is_not_the_end() -> None:
     assert count.usage is None
 
 
+def test_what_was_cut_off_is_not_charged() -> None:
+    """Of an answer cut off only the delivered tokens count, whatever the engine had reported."""
+    count = tally()
+    for _ in range(9):
+        count.read(chunk({"content": "x"}))
+    count.read(usage(12, 9))
+    count.cut(5)
+    assert count.settled() == Usage(prompt_tokens=10, completion_tokens=5)
+
+
 def test_without_usage_the_own_count_is_charged() -> None:
     """No usage: the estimate of the prompt and the count of the text."""
     count = tally()

@@ -15,7 +15,7 @@ import pytest
 from starlette.types import Receive, Scope, Send
 
 from anser.cli.common import Place
-from anser.cli.control import Control, connect, running, socket_of
+from anser.cli.control import Control, connect, over_socket, running, socket_of
 from anser.cli.transport import AppTransport
 from anser.config import Config
 from anser.core.errors import AnserError, EngineBroken, InvalidField, Unavailable
@@ -37,6 +37,23 @@ async def answering(status: int, *parts: bytes) -> AsyncIterator[Control]:
     client = httpx.AsyncClient(transport=AppTransport(app), base_url="http://localhost")
     async with asyncio.timeout(10), client:
         yield Control(client, "socket")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("ALL_PROXY", "socks5://127.0.0.1:1"), ("SSL_CERT_FILE", "/no/such.pem")],
+)
+async def test_an_odd_environment_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, value: str
+) -> None:
+    """Proxies and certificates that cannot be used are told; the socket here needs neither."""
+    monkeypatch.setenv(name, value)
+    with pytest.raises(Unavailable, match=r"anser\.invalid"):
+        async with connect(Place(url="https://anser.invalid")) as control:
+            await control.ask("GET", "/v1/models")
+    assert not await running(Config(data_dir=tmp_path))
+    async with over_socket(Config(data_dir=tmp_path)) as control:
+        assert control.where == "socket"
 
 
 async def test_an_answer_is_its_json_object() -> None:

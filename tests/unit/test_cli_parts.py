@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import ast
 import json
+import os
 import shlex
+import subprocess
 import sys
 from pathlib import Path
 
+import httpx
 import pytest
 import structlog
+from starlette.types import Receive, Scope, Send
 
 from anser.cli.chat import Talk
+from anser.cli.control import Control
 from anser.cli.doctor import Verdict, memory_free, packages, python, room
 from anser.cli.logs import log_to_stderr
 from anser.cli.messages import program
 from anser.cli.progress import Steps, shown_progress
 from anser.cli.serve import People, curl_line, python_lines
+from anser.cli.transport import AppTransport
 from anser.config import load
 from anser.core.errors import AnserError
 from anser.platform import Listening
@@ -184,6 +190,61 @@ def test_the_log_forges_no_lines(capsys: pytest.CaptureFixture[str]) -> None:
     assert (first["event"], first["number"], first["level"]) == ("seen", 5, "info")
     assert "\x1b" not in err
     assert "ValueError" in second["exception"]
+
+
+UNREAD = """
+import structlog
+from anser.cli.logs import log_to_stderr
+from anser.cli.progress import shown_progress
+log_to_stderr()
+with shown_progress() as progress:
+    progress(0, 10)
+    structlog.get_logger("t").info("seen")
+    progress(10, 10)
+print("went on")
+"""
+
+
+def test_what_is_told_on_the_way_may_find_no_reader() -> None:
+    """A closed standard error, as after `2>&1 | head`, stops neither progress nor log."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, "-c", UNREAD]
+    ended = subprocess.run(command, stdout=subprocess.PIPE, stderr=writing, check=False)
+    os.close(writing)
+    assert (ended.returncode, ended.stdout) == (0, b"went on\n")
+
+
+@pytest.mark.anyio
+async def test_a_conversation_forgets_its_beginning() -> None:
+    """When the model can take no more, the oldest turns go, it is said once, and it goes on."""
+    asked: list[int] = []
+    long = b'{"error": {"message": "too long", "type": "x", "code": "context_length_exceeded"}}'
+    good = b'data: {"choices": [{"delta": {"content": "yes"}, "finish_reason": "stop"}]}\n\n'
+
+    async def app(_scope: Scope, receive: Receive, send: Send) -> None:
+        said = json.loads((await receive())["body"])["messages"]
+        asked.append(len(said))
+        status, body = (
+            (400, long)
+            if len(said) > 2 or "endless" in said[-1]["content"]
+            else (200, good + b"data: [DONE]\n\n")
+        )
+        await send({"type": "http.response.start", "status": status, "headers": []})
+        await send({"type": "http.response.body", "body": body})
+
+    client = httpx.AsyncClient(transport=AppTransport(app), base_url="http://localhost")
+    shown: list[str] = []
+    async with client:
+        talk = Talk(Control(client, "socket"), "m")
+        turns = [{"role": role, "content": "x"} for role in ("user", "assistant") * 2]
+        talk.messages = [{"role": "system", "content": "be brief"}, *turns]
+        await talk.ask("well?", shown.append)
+        assert asked == [6, 4, 2]
+        assert [message["role"] for message in talk.messages] == ["system", "user", "assistant"]
+        assert (len(shown), "".join(shown[1:])) == (2, "yes")
+        with pytest.raises(AnserError, match="too long"):
+            await talk.ask("endless", shown.append)
 
 
 @pytest.mark.anyio

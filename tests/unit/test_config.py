@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from anser.adapters.blobs import DiskBlobs
 from anser.config import Config, Loaded, load, settings, split_address
 from anser.core.errors import ConfigError
+from anser.services.hub import Hub
 
 
 def read(tmp_path: Path, text: str | bytes, **environ: str) -> Loaded:
@@ -42,6 +44,38 @@ def test_each_source_overrides_the_one_below(tmp_path: Path) -> None:
     assert loaded.sources["server.drain_s"] == "ANSER_SERVER_DRAIN_S"
     assert loaded.sources["gateway.queued_max"] == "default"
     assert set(loaded.sources) == {setting.path for setting in settings()}
+
+
+def test_a_model_file_that_is_not_there_is_told_with_its_source(tmp_path: Path) -> None:
+    """The file's owner may be an old setting in a file or a variable: it is named."""
+    loaded = read(tmp_path, '[engine]\nmodel = "/no/such.gguf"\n')
+    with pytest.raises(ConfigError, match=r"anser\.toml: engine\.model: there is no file /no/such"):
+        loaded.check_model()
+    read(tmp_path, '[engine]\nmodel = "/no/such.gguf"\nenabled = false\n').check_model()
+    read(tmp_path, "").check_model()
+    assert "no home folder" in refusal(tmp_path, '[engine]\nmodel = "~nobody-here/a.gguf"\n')
+
+
+def test_a_model_file_may_be_in_the_home_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file or a variable has no shell that would write ~ out."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "a.gguf").write_text("x")
+    loaded = read(tmp_path, '[engine]\nmodel = "~/a.gguf"\n')
+    loaded.check_model()
+    hub = Hub([], DiskBlobs(tmp_path / "blobs"))
+    assert hub.find(hub.resolve(loaded.config.engine.model)) == tmp_path / "a.gguf"
+
+
+def test_an_empty_data_folder_is_refused(tmp_path: Path) -> None:
+    """It would be the working folder."""
+    assert "data_dir must be" in refusal(tmp_path, 'data_dir = ""\n')
+
+
+def test_a_text_in_the_place_of_a_number_is_shown_as_text(tmp_path: Path) -> None:
+    """Without its quotes the message would contradict itself."""
+    assert 'not "8000".' in refusal(tmp_path, '[server]\nport = "8000"\n')
 
 
 def test_the_file_is_found_by_option_then_variable_then_data_folder(tmp_path: Path) -> None:

@@ -15,7 +15,10 @@ pytestmark = pytest.mark.anyio
 
 
 async def found(
-    listed: object, told: Mapping[str, object] | None = None, known: EngineKind | None = None
+    listed: object,
+    told: Mapping[str, object] | None = None,
+    known: EngineKind | None = None,
+    named: str | None = None,
 ) -> tuple[EngineReport, list[str]]:
     """The report of an engine that tells this, and the paths that it was asked on."""
     asked: list[str] = []
@@ -24,11 +27,29 @@ async def found(
         asked.append(path)
         return (told or {}).get(path)
 
-    return await inspect(listed, ask, known), asked
+    return await inspect(listed, ask, known, named=named), asked
 
 
 def models(*ids: str, **fields: object) -> dict[str, object]:
     return {"object": "list", "data": [{"id": id_, "object": "model", **fields} for id_ in ids]}
+
+
+async def test_the_named_model_is_kept_of_a_list_that_is_cut() -> None:
+    """However long the list, the one model that is wanted is not cut off; the length is told."""
+    listed = models(*(f"m{number}" for number in range(2_000)))
+    report, _ = await found(listed)
+    assert (len(report.models), report.listed) == (NODE_MODELS_MAX, 2_000)
+    report, _ = await found(listed, named="m1999")
+    assert [model.name for model in report.models] == ["m1999"]
+
+
+async def test_without_a_list_the_operators_word_is_taken() -> None:
+    """A server that keeps no list of models serves what its operator names; an empty list tells."""
+    report, _ = await found(None, named="mine")
+    assert [model.name for model in report.models] == ["mine"]
+    assert (await found(models(), named="mine"))[0].models == ()
+    with pytest.raises(EngineBroken):
+        await found(None)
 
 
 async def test_vllm() -> None:

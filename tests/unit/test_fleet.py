@@ -9,24 +9,28 @@ import pytest
 from anser.core.errors import InvalidField
 from anser.core.fleet import (
     SLOTS_DEFAULT,
-    Answered,
-    Drained,
     EngineKind,
     EngineReport,
-    Health,
-    HealthEvent,
-    HealthRules,
     Node,
-    NodeState,
-    Resumed,
     ServedModel,
-    Silent,
-    StreamFailed,
-    StreamFinished,
-    Ticked,
     check_node,
     offers,
     parse_endpoint,
+)
+from anser.core.health import (
+    Answered,
+    Drained,
+    Health,
+    HealthEvent,
+    HealthRules,
+    NodeState,
+    Resumed,
+    Silent,
+    Spared,
+    StreamDeclined,
+    StreamFailed,
+    StreamFinished,
+    Ticked,
 )
 from anser.core.limits import MODEL_NAME_CHARS_MAX, NODE_MODELS_MAX, NODE_SLOTS_MAX
 
@@ -302,6 +306,50 @@ def test_a_long_good_time_makes_the_back_off_short_again() -> None:
     after(*[StreamFinished()] * 22, now=6.0, health=health)
     after(*[StreamFailed()] * 3, now=6.0, health=health)
     assert health.retry_at == 8.0
+
+
+def test_a_node_that_declines_is_set_aside() -> None:
+    """Each time twice as long, up to a limit, and then tried with one request at a time."""
+    health, now, waits = after(Answered()), 0.0, []
+    for _ in range(4):
+        after(StreamDeclined(jitter=1.0), now=now, health=health)
+        assert (health.state, health.slots(4)) == (NodeState.SUSPECT, 0)
+        assert health.wake_at is not None
+        waits.append(health.wake_at - now)
+        now = health.wake_at
+        after(Ticked(), now=now, health=health)
+        assert (health.slots(4), health.wake_at) == (1, None)
+    assert waits == [2.5, 5.0, 10.0, 12.5]
+    after(StreamFinished(), now=now, health=health)
+    assert (health.state, health.slots(4)) == (NodeState.UP, 4)
+    after(StreamDeclined(), now=now, health=health)
+    assert health.wake_at == now + 2.0
+
+
+def test_one_node_that_declined_is_tried_at_a_time() -> None:
+    """While another one is found to decline still, a trial waits; who is well is left alone."""
+    health = after(Answered(), StreamDeclined(), Spared())
+    assert health.wake_at == 2.0
+    after(Ticked(), Spared(), now=2.0, health=health)
+    assert (health.slots(4), health.wake_at) == (0, 4.0)
+    assert after(Ticked(), now=4.0, health=health).slots(4) == 1
+    assert after(Answered(), Spared()).slots(4) == 4
+
+
+def test_a_node_is_set_aside_for_as_long_as_it_asks() -> None:
+    """Its own word counts if it is longer than the pause would be, within reason."""
+    for asked_s, pause_s in ((0.0, 2.0), (60.0, 60.0), (10_000.0, 3_600.0)):
+        health = after(Answered(), StreamDeclined(pause_s=asked_s))
+        assert health.wake_at == pause_s
+
+
+def test_declining_is_not_told_to_the_breaker() -> None:
+    """However often a node declines, no failure is counted; streams from before change nothing."""
+    health = after(Answered(), StreamFailed(), StreamFailed(), *[StreamDeclined()] * 20)
+    after(StreamFinished(), now=1.0, health=health)
+    assert (health.aside_until, health.retry_at, health.slots(4)) == (2.0, None, 0)
+    after(StreamFinished(), now=2.0, health=health)
+    assert (health.state, health.slots(4)) == (NodeState.UP, 4)
 
 
 def test_repr_shows_the_state() -> None:

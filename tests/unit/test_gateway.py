@@ -27,7 +27,8 @@ from anser.core.errors import (
     StoreError,
     StoreFull,
 )
-from anser.core.fleet import Node, NodeState
+from anser.core.fleet import Node
+from anser.core.health import NodeState
 from anser.core.ledger import Outcome, Usage
 from anser.ports import Call, Route
 from anser.services.chunks import Piece

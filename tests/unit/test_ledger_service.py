@@ -7,6 +7,7 @@ from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
+import anyio
 import pytest
 import rfc8785
 
@@ -122,8 +123,8 @@ async def test_queue_has_its_limit(signer: Signer, monkeypatch: pytest.MonkeyPat
     assert len(await store.recent(limit=10, member=None)) == 3
 
 
-async def test_failure_is_told_to_each_and_the_next_commit_succeeds(signer: Signer) -> None:
-    """A full disk fails every receipt that waits, and nothing once there is space again."""
+async def test_failure_is_told_to_each_and_its_receipts_are_stored_later(signer: Signer) -> None:
+    """A full disk is told to each who waits; once there is space all are stored, each once."""
     store = MemoryStore()
     async with running(store, signer) as ledger:
         store.fault = StoreFull("The disk is full.")
@@ -134,9 +135,105 @@ async def test_failure_is_told_to_each_and_the_next_commit_succeeds(signer: Sign
         assert outcomes[0] is not outcomes[1]
         store.fault = None
         await ledger.record(make_receipt(3))
-    assert [receipt.request for receipt in await store.recent(limit=9, member=None)] == [
-        "request-3"
-    ]
+    stored = [receipt.request for receipt in await store.recent(limit=9, member=None)]
+    assert sorted(stored) == ["request-1", "request-2", "request-3"]
+
+
+async def test_a_kept_receipt_can_be_waited_for_again(signer: Signer) -> None:
+    """Recording what is kept waits for the same entry; another receipt of it is refused."""
+    store = MemoryStore()
+    async with running(store, signer) as ledger:
+        store.fault = StoreLocked("Locked.")
+        with pytest.raises(StoreLocked):
+            await ledger.record(make_receipt(1))
+        with pytest.raises(Conflict):
+            await ledger.record(make_receipt(1, member="lab"))
+        store.fault = None
+        await ledger.record(make_receipt(1))
+        assert "kept=0" in repr(ledger)
+    assert len(await store.recent(limit=9, member=None)) == 1
+
+
+async def test_who_waits_goes_before_what_is_kept(
+    signer: Signer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However much is kept, a client learns at the next commit how its own receipt fares."""
+    monkeypatch.setattr(limits, "BATCH_RECEIPTS_MAX", 4)
+    batches: list[list[str]] = []
+
+    class FailingStore(MemoryStore):
+        async def append(self, batch: SignedBatch) -> None:
+            batches.append([receipt.request for receipt in batch.receipts])
+            await super().append(batch)
+
+    store = FailingStore()
+    async with running(store, signer) as ledger:
+        store.fault = StoreFull("Full.")
+        for number in range(8):
+            ledger.enqueue(make_receipt(number))
+        await settle()
+        batches.clear()
+        with pytest.raises(StoreFull):
+            await ledger.record(make_receipt(9))
+        assert batches == [["request-9"]]
+        store.fault = None
+        await ledger.record(make_receipt(10))
+        assert batches[1] == ["request-10"]
+    assert len(await store.recent(limit=99, member=None)) == 10
+
+
+async def test_a_failing_store_is_left_alone_for_a_while(
+    signer: Signer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a whole batch kept and nobody waiting, the ledger sleeps between two tries."""
+    monkeypatch.setattr(limits, "BATCH_RECEIPTS_MAX", 4)
+    monkeypatch.setattr("anser.services.ledger._RETRY_S", 0.05)
+    tries: list[int] = []
+
+    class FailingStore(MemoryStore):
+        async def append(self, batch: SignedBatch) -> None:
+            tries.append(len(batch.leaves))
+            assert len(tries) < 100, "no pause between two tries"
+            await super().append(batch)
+
+    store = FailingStore()
+    async with running(store, signer) as ledger:
+        store.fault = StoreFull("Full.")
+        for number in range(12):
+            ledger.enqueue(make_receipt(number))
+        await asyncio.sleep(0.18)
+        assert 4 <= len(tries) <= 7
+        store.fault = None
+    assert len(await store.recent(limit=99, member=None)) == 12
+
+
+async def test_stopping_on_a_failing_store_tries_once_more(signer: Signer) -> None:
+    """At the end what is kept is tried a last time, and the ledger ends whatever comes of it."""
+    store = MemoryStore()
+    store.fault = StoreFull("Full.")
+    async with asyncio.timeout(5), running(store, signer) as ledger:
+        for number in range(limits.BATCH_RECEIPTS_MAX + 1):
+            ledger.enqueue(make_receipt(number))
+        await settle()
+    assert "pending=0 kept=0 writing=0" in repr(ledger)
+
+
+async def test_kept_receipts_take_room(signer: Signer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether it waits, is written or is kept, a receipt counts in the one limit."""
+    monkeypatch.setattr(limits, "RECEIPTS_PENDING_MAX", 2)
+    store = SlowStore()
+    async with running(store, signer) as ledger:
+        store.fault = StoreFull("Full.")
+        ledger.enqueue(make_receipt(1))
+        await settle()
+        assert ledger.room == 1  # it is being written
+        store.gate.set()
+        await settle()
+        assert ledger.room == 1  # it is kept
+        ledger.enqueue(make_receipt(2))
+        with pytest.raises(Overloaded):
+            await ledger.record(make_receipt(3))
+        store.fault = None
 
 
 async def test_receipt_of_a_client_who_left_outlives_a_failure(
@@ -279,6 +376,20 @@ async def test_cancelled_loop_writes_what_was_accepted(signer: Signer) -> None:
         await loop
     ledger.validate()
     assert len(await store.recent(limit=9, member=None)) == 2
+
+
+async def test_the_last_write_is_not_cut_off(signer: Signer) -> None:
+    """A loop whose whole task group is cancelled stores what it had accepted all the same."""
+    store = SlowStore()
+    ledger = Ledger(store, signer, MemoryClock())
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(ledger.run)
+        await settle()
+        ledger.enqueue(make_receipt(0))
+        await settle()
+        asyncio.get_running_loop().call_later(0.02, store.gate.set)
+        tasks.cancel_scope.cancel()
+    assert await store.find("request-0") is not None
 
 
 async def test_nobody_waits_when_the_loop_has_ended(

@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import asyncio
+
 import pytest
 
 from anser.adapters.memory import MemoryClock, MemoryStore
 from anser.config import MemberSettings
-from anser.core.errors import Conflict, InvalidField, LimitReached, NotFound, Unauthenticated
-from anser.core.members import ANONYMOUS, Limits, Scope
+from anser.core import limits
+from anser.core.errors import (
+    Conflict,
+    LimitReached,
+    NotFound,
+    Overloaded,
+    StoreFull,
+    Unauthenticated,
+)
+from anser.core.members import ANONYMOUS, Key, Limits, Member, Scope
 from anser.services.members import ANONYMOUS_KEY, OWNER, Members
 
 pytestmark = pytest.mark.anyio
@@ -79,7 +89,7 @@ async def test_a_key_ends_when_it_expires_or_is_revoked() -> None:
     again = await opened(store=store, clock=clock)
     with pytest.raises(Unauthenticated):
         again.authenticate(long, peer="::1")
-    assert again.keys() == []  # what no longer opens anything is forgotten at the next start
+    assert again.keys() == members.keys()  # what no longer opens anything stays listed
     with pytest.raises(NotFound):
         await members.revoke_key("key_nobody")
 
@@ -166,186 +176,102 @@ async def test_a_changed_limit_holds_for_who_is_at_work() -> None:
     members.validate()
 
 
-async def test_the_last_place_is_given_once() -> None:
-    """Reserving checks and takes at once: of two requests for the last place one is refused."""
+async def test_a_wrong_clock_at_the_start_costs_no_key() -> None:
+    """A machine that boots a year ahead opens nothing then; set right, every key opens again."""
+    clock, store = MemoryClock(), MemoryStore()
+    text, _ = await (await opened(store=store, clock=clock)).create_key(OWNER, lifetime_s=86_400)
+    clock.jump(365 * 86_400.0)
+    members = await opened(store=store, clock=clock)
+    with pytest.raises(Unauthenticated):
+        members.authenticate(text, peer="::1")
+    clock.jump(-365 * 86_400.0)
+    for again in (members, await opened(store=store, clock=clock)):
+        assert again.authenticate(text, peer="::1").member == OWNER
+
+
+async def test_keys_have_their_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At the limit the key that ended first gives way; where none has ended, none is made."""
+    monkeypatch.setattr(limits, "KEYS_MAX", 3)
+    clock, store = MemoryClock(), MemoryStore()
+    members = await opened(store=store, clock=clock)
+    _, lasting = await members.create_key(OWNER)
+    _, short = await members.create_key(OWNER, lifetime_s=20.0)
+    _, revoked = await members.create_key(OWNER)
+    with pytest.raises(Overloaded, match="at most 3 keys"):
+        await members.create_key(OWNER)
+    clock.advance(10.0)
+    await members.revoke_key(revoked.id)
+    clock.advance(20.0)
+    _, third = await members.create_key(OWNER)
+    assert ids(members) == {lasting.id, short.id, third.id}
+    _, fourth = await members.create_key(OWNER)
+    again = await opened(store=store, clock=clock)
+    assert ids(again) == {lasting.id, third.id, fourth.id}
+    members.validate()
+
+
+def ids(members: Members) -> set[str]:
+    """The identifiers of all keys that are listed."""
+    return {key.id for key in members.keys(None)}
+
+
+async def test_what_the_store_refuses_does_not_exist() -> None:
+    """A key or a member that could not be stored opens nothing and can be made later."""
+    store = MemoryStore()
+    members = await opened(store=store)
+    _, key = await members.create_key(OWNER)
+    store.fault = StoreFull("The disk is full.")
+    with pytest.raises(StoreFull):
+        await members.create_key(OWNER)
+    with pytest.raises(StoreFull):
+        await members.add_member("lab")
+    with pytest.raises(StoreFull):
+        await members.revoke_key(key.id)
+    assert members.keys() == [key]
+    store.fault = None
+    await members.add_member("lab")
+    members.validate()
+
+
+class SlowStore(MemoryStore):
+    """A store whose writes take a moment."""
+
+    async def put_member(self, member: Member) -> None:
+        """As any store does, later."""
+        await asyncio.sleep(0)
+        await super().put_member(member)
+
+    async def put_key(self, key: Key) -> None:
+        """As any store does, later."""
+        await asyncio.sleep(0)
+        await super().put_key(key)
+
+
+async def test_changes_at_the_same_time_keep_every_rule(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of two members of one name one is added, and no limit is overshot while the store writes."""
+    members = await opened(store=SlowStore())
+    names = ("lab", "lab", "uni", "shop")
+    monkeypatch.setattr(limits, "MEMBERS_MAX", 6)
+    monkeypatch.setattr(limits, "KEYS_MAX", 1)
+    added = await asyncio.gather(
+        *(members.add_member(name, weight=weight) for weight, name in enumerate(names, start=1)),
+        return_exceptions=True,
+    )
+    assert [type(each) for each in added] == [Member, Conflict, Member, Overloaded]
+    assert members.weight("lab") == 1
+    made = await asyncio.gather(
+        *(members.create_key(OWNER) for _ in range(2)), return_exceptions=True
+    )
+    assert [type(each) for each in made] == [tuple, Overloaded]
+
+
+async def test_a_name_that_begins_like_the_anonymous_member_is_a_name() -> None:
+    """An organisation called anonymous-lab is told its own name."""
     members = await opened(settings=MemberSettings(in_flight_max=1))
-    held = members.reserve(OWNER, prompt_tokens=1, output_tokens_max=1)
-    with pytest.raises(LimitReached):
-        members.reserve(OWNER, prompt_tokens=1, output_tokens_max=1)
-    held.settle(prompt_tokens=1, completion_tokens=1)
-    held.settle(prompt_tokens=1, completion_tokens=1)
-    members.reserve(OWNER, prompt_tokens=1, output_tokens_max=1)
-    members.validate()
-
-
-async def test_a_refusal_takes_nothing_anywhere() -> None:
-    """If the organisation is at its limit, the person's own place is not taken either."""
-    members = await opened()
-    await members.add_member("lab", member_limits=Limits(in_flight_max=1))
-    await members.add_member("lab/a")
-    await members.add_member("lab/b")
-    first = members.reserve("lab/a", prompt_tokens=1, output_tokens_max=1)
-    for _ in range(3):
-        with pytest.raises(LimitReached, match="lab has 1"):
-            members.reserve("lab/b", prompt_tokens=1, output_tokens_max=1)
-    first.settle(prompt_tokens=0, completion_tokens=0)
-    second = members.reserve("lab/b", prompt_tokens=1, output_tokens_max=1)
-    second.settle(prompt_tokens=0, completion_tokens=0)
-    members.validate()
-
-
-async def test_several_places_are_taken_together_or_not_at_all() -> None:
-    """A request of several answers has all of its places, with their tokens, or none."""
-    members = await opened(settings=MemberSettings(in_flight_max=3, tokens_per_minute=1_000))
-    one = members.reserve(OWNER, prompt_tokens=100, output_tokens_max=0)
-    before = members.limits_left(OWNER)
-    for _ in range(3):
-        with pytest.raises(LimitReached, match="in flight"):
-            members.reserve_all(OWNER, [(10, 0)] * 3)
-        assert members.limits_left(OWNER) == before
-    one.settle(prompt_tokens=100, completion_tokens=0)
-    places = members.reserve_all(OWNER, [(10, 0), (20, 30), (10, 0)])
-    assert [place.tokens for place in places] == [10, 50, 10]
-    left = members.limits_left(OWNER)
-    assert left["x-ratelimit-remaining-requests"] == "0"
-    assert left["x-ratelimit-remaining-tokens"] == str(1_000 - 100 - 70)
-    for place in places:
-        place.withdraw()
-        place.withdraw()
-    assert members.limits_left(OWNER)["x-ratelimit-remaining-tokens"] == "900"
-    members.validate()
-
-
-async def test_several_answers_fit_a_token_limit_as_one_request() -> None:
-    """Answers that exceed a token limit together fit when it is full, as one long answer does."""
-    members = await opened(settings=MemberSettings(tokens_per_minute=100))
-    members.reserve_all(OWNER, [(80, 0), (80, 0)])
-    with pytest.raises(LimitReached, match="about 2 ") as refused:
-        members.reserve_all(OWNER, [(1, 0), (1, 0)])
-    assert refused.value.retry_after_s == pytest.approx(62 * 60 / 100)
-
-
-async def test_more_places_than_there_ever_are_is_a_wrong_field() -> None:
-    """What waiting cannot mend is not called a limit reached, whoever's limit on the path it is."""
-    members = await opened()
-    await members.add_member("lab", member_limits=Limits(in_flight_max=2))
-    await members.add_member("lab/a")
-    held = members.reserve("lab/a", prompt_tokens=1, output_tokens_max=1)
-    with pytest.raises(InvalidField) as refused:
-        members.reserve_all("lab/a", [(1, 1)] * 3, param="n")
-    assert refused.value.param == "n"
-    with pytest.raises(LimitReached):
-        members.reserve_all("lab/a", [(1, 1)] * 2)
-    held.settle(prompt_tokens=1, completion_tokens=1)
-    assert len(members.reserve_all("lab/a", [(1, 1)] * 2)) == 2
-
-
-async def test_waiting_places_are_freed_by_starting_and_taken_by_a_retry() -> None:
-    """The queue's limit counts who waits, not who runs."""
-    members = await opened(settings=MemberSettings(queued_max=1))
-    first = members.reserve(OWNER, prompt_tokens=1, output_tokens_max=1)
-    with pytest.raises(LimitReached, match="waiting"):
-        members.reserve(OWNER, prompt_tokens=1, output_tokens_max=1)
-    first.started()
-    first.started()
-    second = members.reserve(OWNER, prompt_tokens=1, output_tokens_max=1)
-    second.started()
-    first.requeued()
-    first.requeued()
-    with pytest.raises(LimitReached, match="waiting"):
-        members.reserve(OWNER, prompt_tokens=1, output_tokens_max=1)
-    members.validate()
-
-
-async def test_by_default_waiting_ends_at_its_own_limit() -> None:
-    """Whatever runs, `queued_max` more may wait, and not one above; so both limits are met."""
-    settings = MemberSettings()
-    members = await opened(settings=settings)
-    for _ in range(settings.in_flight_max - settings.queued_max):
-        members.reserve(OWNER, prompt_tokens=1, output_tokens_max=1).started()
-    for _ in range(settings.queued_max - 1):
-        members.reserve(OWNER, prompt_tokens=1, output_tokens_max=1)
-    last = members.reserve(OWNER, prompt_tokens=1, output_tokens_max=1)
-    with pytest.raises(LimitReached, match="in flight") as refused:
-        members.reserve(OWNER, prompt_tokens=1, output_tokens_max=1)
-    assert refused.value.retry_after_s
-    last.settle(prompt_tokens=0, completion_tokens=0)
-    held = members.reserve(OWNER, prompt_tokens=1, output_tokens_max=1)
-    held.withdraw()
-    members.validate()
-
-
-async def test_waiting_is_refused_while_few_run() -> None:
-    """With a few requests running, the member's queue is refused at its limit, no earlier."""
-    settings = MemberSettings()
-    members = await opened(settings=settings)
-    for _ in range(4):
-        members.reserve(OWNER, prompt_tokens=1, output_tokens_max=1).started()
-    for _ in range(settings.queued_max):
-        members.reserve(OWNER, prompt_tokens=1, output_tokens_max=1)
-    with pytest.raises(LimitReached, match="waiting, the most") as refused:
-        members.reserve(OWNER, prompt_tokens=1, output_tokens_max=1)
-    assert refused.value.retry_after_s
-    members.validate()
-
-
-async def test_places_are_taken_together_or_not_at_all() -> None:
-    """Of several places either all are taken, or none; given back, none is lost."""
-    members = await opened(settings=MemberSettings(queued_max=3, tokens_per_minute=1_000))
-    places = members.reserve_all(OWNER, [(10, 10)] * 2)
-    with pytest.raises(LimitReached, match="waiting"):
-        members.reserve_all(OWNER, [(10, 10)] * 2)
-    places += members.reserve_all(OWNER, [(10, 10)])
-    for place in places:
-        place.withdraw()
-        place.withdraw()
-        place.settle(prompt_tokens=10, completion_tokens=10)
-    (again, *_) = members.reserve_all(OWNER, [(0, 1_000)] * 3)
-    assert again.headers()["x-ratelimit-remaining-tokens"] == str(1_000 - 3 * 256)
-    members.validate()
-
-
-@pytest.mark.parametrize(
-    "most", [MemberSettings(queued_max=3), MemberSettings(in_flight_max=3)], ids=repr
-)
-async def test_more_places_than_a_member_has_are_a_mistake(most: MemberSettings) -> None:
-    """What no waiting could make fit is not the 429 that clients try again, but a 400."""
-    members = await opened(settings=most)
-    with pytest.raises(InvalidField, match="may have 3 requests waiting") as refused:
-        members.reserve_all(OWNER, [(1, 1)] * 4)
-    assert refused.value.status == 400
-    assert len(members.reserve_all(OWNER, [(1, 1)] * 3)) == 3
-
-
-async def test_tokens_are_taken_by_estimate_and_settled_by_fact() -> None:
-    """A short answer gives back what was reserved; the headers tell what is left."""
-    members = await opened(settings=MemberSettings(tokens_per_minute=1_000))
-    held = members.reserve(OWNER, prompt_tokens=100, output_tokens_max=900)
-    assert held.headers()["x-ratelimit-remaining-tokens"] == str(1_000 - 100 - 256)
-    held.settle(prompt_tokens=100, completion_tokens=10)
-    after = members.reserve(OWNER, prompt_tokens=0, output_tokens_max=0)
-    assert after.headers()["x-ratelimit-remaining-tokens"] == "890"
-    assert after.headers()["x-ratelimit-limit-tokens"] == "1000"
-    assert after.headers()["x-ratelimit-reset-tokens"] == "6.600s"
-    assert after.headers()["x-ratelimit-remaining-requests"] == "511"
-
-
-async def test_the_usual_answer_is_learnt() -> None:
-    """Reserving follows the member's own answers, so short ones leave room for more at once."""
-    members = await opened(settings=MemberSettings(tokens_per_minute=10_000))
-    for _ in range(40):
-        held = members.reserve(OWNER, prompt_tokens=0, output_tokens_max=1_000)
-        held.settle(prompt_tokens=0, completion_tokens=10)
-    assert members.reserve(OWNER, prompt_tokens=0, output_tokens_max=1_000).tokens < 15
-
-
-async def test_a_restart_does_not_renew_the_day() -> None:
-    """Tokens of the last day are counted again against the daily limit."""
-    members = await opened(settings=MemberSettings(tokens_per_day=100))
-    members.restore_day(OWNER, 90)
-    with pytest.raises(LimitReached, match="per day") as refused:
-        members.reserve(OWNER, prompt_tokens=20, output_tokens_max=0)
-    assert refused.value.retry_after_s == pytest.approx(8_640)
+    await members.add_member("anonymous-lab")
+    members.reserve("anonymous-lab", prompt_tokens=1, output_tokens_max=1)
+    with pytest.raises(LimitReached, match="anonymous-lab has 1"):
+        members.reserve("anonymous-lab", prompt_tokens=1, output_tokens_max=1)
 
 
 async def test_a_clock_that_jumps_changes_no_limit() -> None:

@@ -25,8 +25,9 @@ from anser.adapters.memory_engine import MemoryEngine
 from anser.api import page
 from anser.config import Config
 from anser.core.errors import AnserError
-from anser.core.fleet import Ability, EngineKind, Node, NodeState, Offer
-from anser.services.fleet import NodeStatus
+from anser.core.fleet import Ability, EngineKind, Node, Offer
+from anser.core.health import NodeState
+from anser.services.entry import NodeStatus
 from anser.services.pool import ModelView, NodeView, PoolView
 
 HOSTILE = "<img src=x onerror=alert(1)>\"'</script><script>alert(2)</script>{{ 7*7 }}"

@@ -14,6 +14,7 @@ import asyncio
 import fcntl
 import hashlib
 import os
+import shutil
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -85,7 +86,9 @@ class DiskBlobs:
     def _tidy(self, sha256: str) -> None:
         """Drop what lies beside the partial file, except the lock, which somebody may hold."""
         for path in self._partial.glob(f"{sha256}.*"):
-            if path.suffix != ".lock":
+            if path.is_dir():  # of a download that was killed
+                shutil.rmtree(path, ignore_errors=True)
+            elif path.suffix != ".lock":
                 path.unlink(missing_ok=True)
 
     def remember(self, name: str, sha256: str) -> None:

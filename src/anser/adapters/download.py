@@ -76,7 +76,7 @@ async def opened(
     """The answer to one request, its body unread, after allowed redirects. Raises SourceError."""
     timeout = httpx.Timeout(_READ_TIMEOUT_S, connect=limits.CONNECT_TIMEOUT_S)
     try:
-        async with httpx.AsyncClient(timeout=timeout, verify=_trust()) as client:
+        async with _client(timeout) as client:
             response = await _follow(client, source, method, headers)
             try:
                 yield response
@@ -84,6 +84,17 @@ async def opened(
                 await response.aclose()
     except (httpx.HTTPError, httpx.InvalidURL) as error:
         raise _unreached(error) from error
+
+
+def _client(timeout: httpx.Timeout) -> httpx.AsyncClient:
+    """A client as the environment has it: its proxies and its certificates."""
+    try:
+        return httpx.AsyncClient(timeout=timeout, verify=_trust())
+    except (ImportError, ValueError, OSError) as error:
+        raise SourceError(
+            "no request can be made: check the variables for proxies (https_proxy, all_proxy) and "
+            f"certificates (SSL_CERT_FILE, SSL_CERT_DIR): {error}"
+        ) from error
 
 
 def _trust() -> ssl.SSLContext:
@@ -96,6 +107,8 @@ def _trust() -> ssl.SSLContext:
 async def _follow(
     client: httpx.AsyncClient, source: Source, method: str, headers: dict[str, str]
 ) -> httpx.Response:
+    if source.token is not None and not source.token.isascii():
+        raise SourceError("its token has letters in it that no token has")
     url = home = httpx.URL(source.url)
     for _ in range(limits.REDIRECTS_MAX):
         own = dict(headers)

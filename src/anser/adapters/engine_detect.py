@@ -54,12 +54,17 @@ class _Found:
     abilities: Mapping[str, Ability] = field(default_factory=dict[str, Ability])  # if told
 
 
-async def inspect(listed: object, ask: Ask, known: EngineKind | None = None) -> EngineReport:
+async def inspect(
+    listed: object, ask: Ask, known: EngineKind | None = None, *, named: str | None = None
+) -> EngineReport:
     """What the engine is that has given `listed` as its models (None: it has no such list).
 
-    `known` is what it was found to be before. Raises EngineBroken for what is no engine.
+    `known` is what it was found to be before. `named` is the one model that its operator wants:
+    of a longer list it is not cut off, and without a list the operator's word is taken. Raises
+    EngineBroken for what is no engine.
     """
-    rows = list(_rows(listed))
+    every = list(_rows(listed))
+    rows = [row for row in every if row["id"] == named] or every[:NODE_MODELS_MAX]
     owner = _owner(rows)
     kind, found = owner or known, None
     questions = None if kind is None else _QUESTIONS.get(kind)
@@ -67,12 +72,18 @@ async def inspect(listed: object, ask: Ask, known: EngineKind | None = None) -> 
         found = await questions(ask, rows)
     if kind is None or (owner is None and questions is not None and found is None):
         kind, found = await _search(ask, rows)
-    if kind not in _RECOGNISED and not isinstance(_get(listed, "data"), list):
+    taken_at_word = listed is None and named is not None
+    if not (taken_at_word or kind in _RECOGNISED or isinstance(_get(listed, "data"), list)):
         raise EngineBroken("It is no OpenAI-compatible engine: it gives no list at /v1/models.")
     found = found or _Found()
-    models = [_model(row, found) for row in rows]
+    if taken_at_word and not rows:
+        rows.append({"id": named})
     return EngineReport(
-        kind=kind, version=found.version, models=tuple(models[:NODE_MODELS_MAX]), slots=found.slots
+        kind=kind,
+        version=found.version,
+        models=tuple(_model(row, found) for row in rows),
+        slots=found.slots,
+        listed=len(every),
     )
 
 
@@ -91,7 +102,7 @@ _Row = dict[str, object]
 
 def _rows(listed: object) -> Iterator[_Row]:
     """The rows of a list of models that have a usable name."""
-    for row in _items(_get(listed, "data"))[: 4 * NODE_MODELS_MAX]:
+    for row in _items(_get(listed, "data")):
         name = _get(row, "id")
         if isinstance(name, str) and _is_name(name):
             yield cast("_Row", row)

@@ -22,8 +22,9 @@ import stat
 from collections import deque
 from collections.abc import AsyncIterator
 from contextlib import AbstractAsyncContextManager
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import msgspec
 
@@ -94,6 +95,7 @@ class HttpEngine:
         self._key = key
         self._key_file = None if key is not None or not node.key_file else Path(node.key_file)
         self._kind: EngineKind | None = None
+        self._model = node.model
 
     def __repr__(self) -> str:
         kind = "unknown" if self._kind is None else self._kind.value
@@ -111,7 +113,9 @@ class HttpEngine:
         if self._key_file is not None:
             self._key = read_key(self._key_file)
         known, self._kind = self._kind, None
-        report = await inspect(await self._list(), self._ask, known)
+        report = await inspect(await self._list(), self._ask, known, named=self._model)
+        if known is None and report.kind is EngineKind.OPENAI:
+            report = replace(report, platform=_public_key(await self._ask("/v1/signing-key")))
         self._kind = report.kind
         return report
 
@@ -187,6 +191,12 @@ class HttpEngine:
         except EngineError:
             return None  # it lists its models, so it lives: it just does not know the question
         return _json(data) if status == 200 else None
+
+
+def _public_key(told: object) -> str | None:
+    """Of an Anser platform; other servers have no such route."""
+    key = cast("dict[str, object]", told).get("public_key") if isinstance(told, dict) else None
+    return key if isinstance(key, str) else None
 
 
 def _json(data: bytes) -> object:

@@ -53,6 +53,7 @@ class LlamaCppEngine:
         self._streams: set[AnswerStream] = set()
         self._settled = asyncio.Event()  # loaded, failed or closed
         self._failure: AnserError | None = None
+        self._closed = False
         self._path: Path | None = None
         self._header: Header | None = None
         self._native: Native | None = None
@@ -75,9 +76,12 @@ class LlamaCppEngine:
     async def start(self, path: Path) -> None:
         """Examine and load the model's file. Raises ModelFileError, EngineBroken.
 
-        What it raises, answers that wait for it get as well.
+        What it raises, answers that wait for it get as well. An earlier `fail` is forgotten.
         """
         assert self._native is None
+        if not self._closed:
+            self._failure = None
+            self._settled.clear()
         try:
             self._header = await examine(path)
             trained = self._header.context_tokens or self._context_tokens
@@ -86,7 +90,7 @@ class LlamaCppEngine:
         except AnserError as error:
             await self.fail(error)
             raise
-        if self._failure is not None:  # closed meanwhile
+        if self._closed:  # meanwhile
             native.close()
             return
         self._path, self._native = path, native
@@ -94,12 +98,13 @@ class LlamaCppEngine:
 
     async def fail(self, error: AnserError) -> None:
         """Say that the model will not come: whoever waits, and whoever asks later, is told."""
-        if self._native is None and self._failure is None:
+        if self._native is None and not self._closed:
             self._failure = EngineBroken(f"{self._model_id} is not loaded: {error.message}")
         self._settled.set()
 
     async def aclose(self) -> None:
         """Abort what runs, wait for its threads and unload the model; idempotent."""
+        self._closed = True
         self._failure = EngineUnreachable("The engine in this process has been closed.")
         self._settled.set()
         for stream in self._streams:

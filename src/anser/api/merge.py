@@ -24,7 +24,8 @@ from anser.core.ledger import Usage
 from anser.core.limits import STREAM_BUFFER_MAX
 from anser.services.chunks import Piece
 from anser.services.gateway import Answer, Demand, Gateway
-from anser.services.members import Members, Reservation
+from anser.services.members import Members
+from anser.services.reservation import Reservation
 
 __all__ = ["Answers", "Merged", "Part", "answer_all", "places_for"]
 

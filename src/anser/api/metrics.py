@@ -27,7 +27,7 @@ from starlette.routing import Route
 from anser import __version__
 from anser.api.context import Services
 from anser.core.errors import NotFound
-from anser.core.fleet import NodeState
+from anser.core.health import NodeState
 from anser.services.pool import view_of
 from anser.services.stats import Histogram
 from anser.wire.doors import is_loopback

@@ -21,7 +21,7 @@ from anser.cli.common import ANYWHERE, STANDARD_INPUT, Anywhere, unwrapped
 from anser.cli.messages import tr
 from anser.cli.output import print_error, print_json, print_line, safe
 from anser.cli.progress import shown_progress
-from anser.core.errors import AnserError, InvalidField, NoNode
+from anser.core.errors import AnserError, ContextTooLong, InvalidField, NoNode
 
 if TYPE_CHECKING:
     from anyio.from_thread import BlockingPortal
@@ -88,7 +88,29 @@ class Talk:
     messages: list[_Message] = field(default_factory=list[_Message])
 
     async def ask(self, question: str, show: Callable[[str], None]) -> dict[str, Any]:
-        """Send `question`, `show` the answer as it comes, and keep both if it came to its end."""
+        """Send `question`, `show` the answer as it comes, and keep both if it came to its end.
+
+        What was said first is dropped, and that is said, when the model can take no more.
+        """
+        told = False
+        while True:
+            try:
+                return await self._ask(question, show)
+            except AnserError as error:
+                if error.code != ContextTooLong.code or not self._forget():
+                    raise
+            if not told:
+                show(tr("chat.forgotten"))
+                told = True
+
+    def _forget(self) -> bool:
+        """Drop the oldest question and its answer; whether there was one."""
+        first = int(bool(self.messages) and self.messages[0]["role"] == "system")
+        there = len(self.messages) > first
+        del self.messages[first : first + 2]
+        return there
+
+    async def _ask(self, question: str, show: Callable[[str], None]) -> dict[str, Any]:
         asked = [*self.messages, {"role": "user", "content": question}]
         body: dict[str, object] = {
             "model": self.model,

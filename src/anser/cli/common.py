@@ -50,6 +50,15 @@ OPTIONS = Group("Options", sort_key=50)
 """The heading over a command's own options."""
 
 
+def _read_folder(_: type, tokens: Sequence[Token]) -> Path:
+    if not tokens[0].value:  # or it would be the working folder
+        raise ValueError("name a folder")
+    return Path(tokens[0].value)
+
+
+_Folder = Annotated[Path, Parameter(converter=_read_folder, n_tokens=1)]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Shape:
     """Options of every command: how to print."""
@@ -62,7 +71,7 @@ class Shape:
 class Home(Shape):
     """Options of a command on this machine: where the platform's data are."""
 
-    data_dir: Path | None = None
+    data_dir: _Folder | None = None
     """Data folder of the platform; ~/.local/share/anser if not given. [env var: ANSER_DATA_DIR]"""
     config: Path | None = None
     """Settings file. [env var: ANSER_CONFIG]"""

@@ -106,7 +106,10 @@ async def connect(
         if place.url:
             yield await stack.enter_async_context(_remote(place.url, place.key))
             return
-        yield await _nearby(place.load(), stack, engine=engine, progress=progress)
+        loaded = place.load()
+        if engine:
+            loaded.check_model()
+        yield await _nearby(loaded, stack, engine=engine, progress=progress)
 
 
 def socket_of(config: Config) -> Path:
@@ -139,7 +142,7 @@ async def _remote(url: str, key: str | None) -> AsyncGenerator[Control]:
     headers = {"authorization": f"Bearer {key}"} if key else {}
     try:
         client = httpx.AsyncClient(base_url=base, headers=headers, timeout=_timeout())
-    except (httpx.InvalidURL, ValueError) as error:
+    except (httpx.InvalidURL, ImportError, ValueError, OSError) as error:  # proxy, certificates
         raise Unavailable(tr("error.silent", place=url, reason=str(error))) from error
     async with client:
         yield Control(client, "remote")
@@ -148,7 +151,7 @@ async def _remote(url: str, key: str | None) -> AsyncGenerator[Control]:
 @asynccontextmanager
 async def over_socket(config: Config) -> AsyncGenerator[Control]:
     """The platform that listens on this data folder's socket."""
-    transport = httpx.AsyncHTTPTransport(uds=str(socket_of(config)))
+    transport = httpx.AsyncHTTPTransport(uds=str(socket_of(config)), verify=False)
     async with httpx.AsyncClient(
         transport=transport, base_url="http://localhost", timeout=_timeout()
     ) as client:

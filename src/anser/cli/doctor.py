@@ -208,8 +208,7 @@ def _model_in(place: Place) -> Iterator[Check]:
             yield Check(name="model", verdict=Verdict.OK, found=tr("doctor.no_engine"))
             return
         if engine["file"] is not None:
-            found = f"{engine['model']}: {engine['file']}"
-            yield Check(name="model", verdict=Verdict.OK, found=found)
+            yield _file(place, str(engine["model"]), str(engine["file"]))
             return
         mirrors = ask(place, "GET", "/admin/v1/mirrors")["mirrors"]
     except AnserError as error:
@@ -226,6 +225,23 @@ def _model_in(place: Place) -> Iterator[Check]:
             verdict=Verdict.OK if fine else Verdict.WARN,
             found=tr("doctor.has_it") if fine else mirror["trouble"],
         )
+
+
+def _file(place: Place, model: str, file: str) -> Check:
+    """Whether the file is a model that can be loaded, and a platform that runs has loaded it."""
+    from anser.platform import BUILTIN
+    from anser.platform import examine as examine_file
+
+    found = f"{model}: {file}"
+    try:
+        run(examine_file(Path(file)))
+    except AnserError as error:
+        return Check(name="model", verdict=Verdict.FAIL, found=found, way=error.message)
+    for node in ask(place, "GET", "/admin/v1/nodes")["nodes"]:
+        if node["id"] == BUILTIN and node["state"] == "down":
+            way = str(node["error"])
+            return Check(name="model", verdict=Verdict.FAIL, found=found, way=way)
+    return Check(name="model", verdict=Verdict.OK, found=found)
 
 
 def _port(config: Config) -> Check:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from anser.cli.asking import ask
 from anser.cli.common import ANYWHERE, Anywhere
 from anser.cli.messages import tr
-from anser.cli.output import print_json, print_table
+from anser.cli.output import print_json, print_line, print_table
 
 __all__ = ["models"]
 
@@ -18,6 +18,9 @@ def models(*, at: Anywhere = ANYWHERE) -> None:
     found = ask(at, "GET", "/v1/models")
     if at.json:
         print_json(found)
+        return
+    if not found["data"]:
+        print_line(tr("chat.no_model"))
         return
     rows = [
         (

@@ -34,7 +34,7 @@ _LIMITS = ("in_flight_max", "queued_max", "tokens_per_minute", "tokens_per_day")
 _TIMES = ("created_at", "expires_at", "revoked_at")
 _Count = Annotated[int | None, Parameter(validator=Number(gte=1))]
 _CountOrNone = Annotated[int | None, Parameter(validator=Number(gte=0))]
-_Weight = Annotated[float, Parameter(validator=Number(gt=0))]
+_Weight = Annotated[float, Parameter(validator=Number(gte=0.001, lte=1_000_000))]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -6,7 +6,9 @@ written. JSON is written as ASCII, so it needs no such care.
 
 from __future__ import annotations
 
+import io
 import json
+import os
 import sys
 import unicodedata
 from collections.abc import Iterable, Sequence
@@ -19,10 +21,26 @@ if TYPE_CHECKING:
 
     from anser.core.errors import AnserError
 
-__all__ = ["console", "print_error", "print_json", "print_line", "print_table", "safe"]
+__all__ = ["STDERR", "console", "print_error", "print_json", "print_line", "print_table", "safe"]
 
 _PIPE_COLUMNS = 1_000  # a pipe has no width: a row stays on its line
 _BIDI = frozenset("\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
+
+
+class _Stderr(io.TextIOBase):
+    """Standard error that may be closed by whoever read it: then nothing is said any more."""
+
+    def write(self, text: str, /) -> int:
+        try:
+            sys.stderr.write(text)
+            sys.stderr.flush()
+        except BrokenPipeError:
+            sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+        return len(text)
+
+
+STDERR = _Stderr()
+"""Where a platform says things that it does not depend on."""
 
 
 def safe(text: str, *, lines: bool = False) -> str:

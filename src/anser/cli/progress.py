@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from anser.cli.messages import tr
-from anser.cli.output import console
+from anser.cli.output import STDERR, console
 
 if TYPE_CHECKING:
     from anser.ports import Progress
@@ -81,4 +81,4 @@ def _print_step(done: int, total: int | None) -> None:
         text = tr("progress.share", done=megabytes, total=whole, share=share)
     else:
         text = tr("progress.bytes", done=megabytes)
-    print(text, file=sys.stderr, flush=True)
+    print(text, file=STDERR, flush=True)

@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 __all__ = ["curl_line", "python_lines", "serve"]
 
 _POLL_S = 0.25
-_SETTLED = ("up", "down")
 
 
 def serve(
@@ -70,6 +69,7 @@ def serve(
         path: value for path, value in given.items() if value is not None
     }
     loaded = at.load(overrides)
+    loaded.check_model()
     from anser.wire.doors import serving_loop
 
     with ExitStack() as stack:
@@ -246,10 +246,14 @@ async def _serve(loaded: Loaded, teller: Teller, progress: Progress, *, mint_key
 
 
 async def _watch(config: Config, model: str, teller: Teller) -> None:
-    """Ask the platform, as any command would, until its own model serves or has failed."""
+    """Ask the platform, as any command would, until its own model serves or has failed.
+
+    A model that could not be fetched is tried again, so a failure may not be the last word.
+    """
     from anser.cli.control import over_socket
     from anser.platform import BUILTIN
 
+    said: str | None = None
     async with over_socket(config) as control:
         while True:
             await asyncio.sleep(_POLL_S)
@@ -258,9 +262,14 @@ async def _watch(config: Config, model: str, teller: Teller) -> None:
             except AnserError:
                 continue
             node = next((node for node in nodes if node["id"] == BUILTIN), None)
-            if node is not None and node["state"] in _SETTLED:
-                teller.model(model, None if node["state"] == "up" else str(node["error"]))
+            if node is None:
+                continue
+            if node["state"] == "up":
+                teller.model(model, None)
                 return
+            if node["state"] == "down" and node["error"] != said:
+                said = str(node["error"])
+                teller.model(model, said)
 
 
 def _emit(event: str, **fields: Any) -> None:

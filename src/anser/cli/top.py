@@ -13,6 +13,7 @@ from anser.cli.asking import ask
 from anser.cli.common import ANYWHERE, Anywhere, run
 from anser.cli.messages import tr
 from anser.cli.output import console, print_json, safe
+from anser.core.errors import Unavailable
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -37,6 +38,10 @@ def top(
     interval
         Seconds between two looks.
     """
+    from anser.cli.control import running
+
+    if not at.url and not run(running(at.load().config)):
+        raise Unavailable(tr("top.none"))
     if at.json:
         print_json(ask(at, "GET", "/v1/pool"))
     elif once or not sys.stdout.isatty() or console().is_dumb_terminal:

@@ -40,6 +40,14 @@ class Loaded:
         sources = dict.fromkeys((setting.path for setting in settings()), "command line")
         return cls(config=config, sources=sources, file=None)
 
+    def check_model(self) -> None:
+        """The model's file is there, if it is one of this machine. Raises ConfigError."""
+        path = read_spec(self.config.engine.model).file.path
+        if self.config.engine.enabled and path and not Path(path).expanduser().is_file():
+            source = self.sources["engine.model"]
+            message = f"{source}: engine.model: there is no file {_shown(path)}."
+            raise ConfigError(message, param="engine.model")
+
 
 _TRUE = frozenset(("true", "on", "yes", "1"))
 _FALSE = frozenset(("false", "off", "no", "0"))
@@ -211,7 +219,8 @@ def _convert(setting: Setting, value: object, where: str) -> Value:
     kept = _typed(type(setting.default), value)
     if kept is not None and _in_range(setting, kept):
         return kept
-    message = f"{where} must be {setting.wanted}, not {_shown(value)}."
+    shown = f'"{_shown(value)}"' if isinstance(value, str) and value else _shown(value)
+    message = f"{where} must be {setting.wanted}, not {shown}."
     raise ConfigError(message, param=setting.path)
 
 
@@ -233,6 +242,8 @@ def _texts(value: object) -> tuple[str, ...] | None:
 def _in_range(setting: Setting, value: Value) -> bool:
     if setting.choices:
         return value in setting.choices
+    if setting.path == "data_dir":
+        return value != ""  # or it would be the working folder
     if setting.low is None or setting.high is None or isinstance(value, (str, tuple)):
         return True
     return setting.low <= value <= setting.high  # false for NaN
@@ -316,9 +327,11 @@ def _wrong_admin(text: str, *, public: tuple[str, int]) -> Iterator[tuple[str, s
 
 def _wrong_model(text: str) -> str | None:
     try:
-        read_spec(text)
+        Path(read_spec(text).file.path or "").expanduser()
     except RequestError as error:
         return error.message
+    except RuntimeError:
+        return f"no home folder is known for {_shown(text)}."
     return None
 
 

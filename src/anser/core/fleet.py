@@ -1,25 +1,14 @@
-"""Nodes, what they offer, and how well they are.
+"""Nodes and what they offer.
 
 A Node is an enrolled machine that runs an engine. An Offer is its statement to serve one model,
 valid for a bounded time. A node's slots are shared by all of its offers.
-
-Theory of operation. `Health` is one node's state machine: it is told what was seen (an answer to
-the question what it serves, the end of a whole stream, the passing of time) and says which state
-the node is in and how many of its slots may be used. Its breaker opens after a few failures in a
-row, or when too many of the last streams failed, so that a node which fails fast does not draw all
-traffic; after a back-off that doubles each time it lets one request in at a time, and closes after
-a few good ones. What the client did wrong is never told to it.
-
-Invariants: the breaker is open exactly while `retry_at` is set; a node that is draining, down or
-behind an open breaker has no slots.
 """
 
 from __future__ import annotations
 
 import re
-from collections import deque
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from enum import Enum, Flag, auto
 
 from anser.core.errors import InvalidField
@@ -28,23 +17,12 @@ from anser.core.limits import MODEL_NAME_CHARS_MAX, NODE_MODELS_MAX, NODE_SLOTS_
 __all__ = [
     "SLOTS_DEFAULT",
     "Ability",
-    "Answered",
-    "Drained",
     "Endpoint",
     "EngineKind",
     "EngineReport",
-    "Health",
-    "HealthEvent",
-    "HealthRules",
     "Node",
-    "NodeState",
     "Offer",
-    "Resumed",
     "ServedModel",
-    "Silent",
-    "StreamFailed",
-    "StreamFinished",
-    "Ticked",
     "check_node",
     "offers",
     "parse_endpoint",
@@ -75,16 +53,6 @@ class Ability(Flag):
     def words(self) -> list[str]:
         """As the API writes it."""
         return [str(ability.name).lower() for ability in self]
-
-
-class NodeState(Enum):
-    """Where a node is in its life."""
-
-    STARTING = "starting"  # not asked yet, or its engine still loads
-    UP = "up"
-    SUSPECT = "suspect"  # its breaker is open; let in again by trickle
-    DRAINING = "draining"  # finishes what runs, takes nothing new
-    DOWN = "down"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -122,6 +90,8 @@ class EngineReport:
     version: str | None
     models: tuple[ServedModel, ...]
     slots: int | None
+    listed: int = 0  # models that it has; `models` may be fewer
+    platform: str | None = None  # the public key in hex, if it is an Anser platform
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -269,194 +239,3 @@ def _id_of(endpoint: Endpoint) -> str:
 
 def _invalid(field_: str, message: str) -> InvalidField:
     return InvalidField(message, param=field_)
-
-
-# How well a node is
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class HealthRules:
-    """When a breaker opens and closes."""
-
-    failures_max: int = 3  # in a row
-    window: int = 20  # streams that the ratio looks at
-    window_min: int = 10  # and how many it needs to say anything
-    ratio: float = 0.5  # of failed streams, at which the breaker opens
-    backoff_s: float = 2.0  # the first, which then doubles
-    backoff_max_s: float = 120.0
-    trials: int = 3  # good streams in a row that close it
-    silent_max: int = 2  # questions unanswered in a row that make a node down
-
-
-@dataclass(frozen=True, slots=True)
-class Answered:
-    """Asked what it serves, it told."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Silent:
-    """Asked what it serves, it did not tell. `loading`: its engine is known to be starting."""
-
-    loading: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class StreamFinished:
-    """A stream came to its proper end."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StreamFailed:
-    """A stream failed by the node's fault. `jitter`, 0 to 1, adds up to 1/4 to the back-off."""
-
-    jitter: float = 0.0
-
-
-@dataclass(frozen=True, slots=True)
-class Drained:
-    """It shall take nothing new."""
-
-
-@dataclass(frozen=True, slots=True)
-class Resumed:
-    """It shall take requests again."""
-
-
-@dataclass(frozen=True, slots=True)
-class Ticked:
-    """Time has passed."""
-
-
-HealthEvent = Answered | Silent | StreamFinished | StreamFailed | Drained | Resumed | Ticked
-
-
-class _Reach(Enum):
-    UNKNOWN = "unknown"
-    GOOD = "good"
-    LOST = "lost"
-
-
-class _Breaker(Enum):
-    CLOSED = "closed"
-    OPEN = "open"
-    TRIAL = "trial"
-
-
-@dataclass(slots=True)
-class Health:
-    """One node's health: `handle(event, now)`, with `now` in monotonic seconds."""
-
-    rules: HealthRules = HealthRules()
-    retry_at: float | None = None  # when an open breaker lets the first request in
-    _draining: bool = False
-    _reach: _Reach = _Reach.UNKNOWN
-    _breaker: _Breaker = _Breaker.CLOSED
-    _silent: int = 0  # questions unanswered in a row
-    _failed: int = 0  # streams failed in a row
-    _good: int = 0  # streams finished in a row
-    _opened: int = 0  # times in a row that the breaker opened: the back-off's exponent
-    _recent: deque[bool] = field(default_factory=deque[bool])
-
-    def __repr__(self) -> str:
-        return (
-            f"<Health {self.state.value} breaker={self._breaker.value} silent={self._silent}"
-            f" failed={self._failed} opened={self._opened} retry_at={self.retry_at}>"
-        )
-
-    def validate(self) -> None:
-        """Assert the invariants."""
-        assert (self._breaker is _Breaker.OPEN) == (self.retry_at is not None), self
-        assert len(self._recent) <= self.rules.window, self
-        assert self._breaker is _Breaker.CLOSED or not self._recent, self
-        assert min(self._silent, self._failed, self._good, self._opened) >= 0, self
-        assert not (self._failed and self._good), self
-
-    @property
-    def state(self) -> NodeState:
-        """Where the node is in its life."""
-        if self._draining:
-            return NodeState.DRAINING
-        if self._reach is _Reach.UNKNOWN:
-            return NodeState.STARTING
-        if self._reach is _Reach.LOST:
-            return NodeState.DOWN
-        return NodeState.UP if self._breaker is _Breaker.CLOSED else NodeState.SUSPECT
-
-    def slots(self, slots: int) -> int:
-        """How many of the node's slots may be used now."""
-        match self.state, self._breaker:
-            case NodeState.UP, _:
-                return slots
-            case NodeState.SUSPECT, _Breaker.TRIAL:
-                return min(slots, 1)
-            case _:
-                return 0
-
-    def handle(self, event: HealthEvent, now: float) -> NodeState:
-        """Take what was seen at `now`; returns the state that follows."""
-        if self.retry_at is not None and now >= self.retry_at:
-            self._breaker, self.retry_at = _Breaker.TRIAL, None
-            self._good = self._failed = 0
-        match event:
-            case Answered():
-                self._reach, self._silent = _Reach.GOOD, 0
-            case Silent(loading=loading):
-                self._unanswered(loading=loading)
-            case StreamFinished():
-                self._finished()
-            case StreamFailed(jitter=jitter):
-                self._fail(now, jitter)
-            case Drained():
-                self._draining = True
-            case Resumed():
-                self._draining = False
-            case _:  # Ticked: what time does has been done above
-                pass
-        return self.state
-
-    def _unanswered(self, *, loading: bool) -> None:
-        self._silent += 1
-        if self._reach is _Reach.UNKNOWN:
-            if not loading:
-                self._reach = _Reach.LOST
-        elif self._silent >= self.rules.silent_max:
-            self._reach = _Reach.LOST
-
-    def _finished(self) -> None:
-        self._silent = 0  # who streams is alive, though too busy for questions
-        if self._breaker is _Breaker.OPEN:
-            return  # begun before it opened
-        self._failed = 0
-        self._good += 1
-        if self._breaker is _Breaker.CLOSED:
-            self._note(good=True)
-            if self._good >= self.rules.window:
-                self._opened = 0
-        elif self._good >= self.rules.trials:
-            self._breaker, self._good = _Breaker.CLOSED, 0
-
-    def _fail(self, now: float, jitter: float) -> None:
-        assert 0.0 <= jitter <= 1.0, jitter
-        if self._breaker is _Breaker.OPEN:
-            return
-        self._good = 0
-        self._failed += 1
-        if self._breaker is _Breaker.CLOSED:
-            self._note(good=False)
-            if self._failed < self.rules.failures_max and not self._too_many():
-                return
-        doubled = self.rules.backoff_s * 2.0 ** min(self._opened, 32)
-        self.retry_at = now + min(doubled, self.rules.backoff_max_s) * (1.0 + jitter / 4.0)
-        self._breaker = _Breaker.OPEN
-        self._opened += 1
-        self._recent.clear()
-
-    def _note(self, *, good: bool) -> None:
-        self._recent.append(good)
-        if len(self._recent) > self.rules.window:
-            self._recent.popleft()
-
-    def _too_many(self) -> bool:
-        failed = self._recent.count(False)
-        enough = len(self._recent) >= self.rules.window_min
-        return enough and failed >= self.rules.ratio * len(self._recent)

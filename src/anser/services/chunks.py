@@ -8,7 +8,7 @@ one chunk's worth and at least one byte, so a claim outside of these is the engi
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import msgspec
 
@@ -18,6 +18,7 @@ from anser.core.limits import STREAM_BUFFER_MAX
 
 __all__ = [
     "Delta",
+    "Ending",
     "Function",
     "Piece",
     "Tally",
@@ -131,6 +132,10 @@ class Tally:
             self.usage = self.believe(chunk.usage)
         return Piece(data=data, finish=finish, usage=usage), tokens
 
+    def cut(self, tokens: int) -> None:
+        """Nothing counts but the first `tokens`: the engine's figures are of another answer."""
+        self.tokens, self.usage = tokens, None
+
     def settled(self) -> Usage:
         """The usage to charge: the engine's, as far as it can be true, else the own count."""
         return self.usage or Usage(
@@ -166,6 +171,46 @@ class Tally:
             if listed:
                 return len(listed)
         return 1 if text else 0
+
+
+@dataclass(slots=True)
+class Ending:
+    """What is held back of an answer until its receipt is durable: its end, and its usage.
+
+    Text beyond `tokens_max` is held as well, for it may be the rest of the last token; only what
+    comes next tells. Of what follows the end only the usage is kept, and not much may follow.
+    """
+
+    tokens_max: int
+    finished: bool = False
+    _held: list[Piece] = field(default_factory=list[Piece])
+    _usage: Piece | None = None
+    _seen: int = 0
+
+    @property
+    def pieces(self) -> list[Piece]:
+        """What to send once the receipt is durable."""
+        return self._held if self._usage is None else [*self._held, self._usage]
+
+    def holds(self, piece: Piece, tokens: int, *, counted: int) -> bool:
+        """Whether this piece, `tokens` of all `counted`, has to wait. Raises EngineBroken."""
+        beyond = tokens > 0 and counted > self.tokens_max
+        if not self._held and piece.finish is None and not beyond:
+            return False
+        self._seen += 1
+        if self._seen > STREAM_BUFFER_MAX or (self.finished and tokens):
+            raise EngineBroken("The engine went on after the end of its answer.")
+        if piece.usage is not None:
+            self._usage = piece
+        elif tokens or not self.finished:
+            self._held.append(piece)
+            self.finished = piece.finish is not None
+        return True
+
+    def cut(self, last: Piece) -> None:
+        """End the answer here for its length, instead of with `last`."""
+        self._held, self._usage = [Piece(data=cut_short(last.data), finish="length")], None
+        self.finished = True
 
 
 def cut_short(data: bytes) -> bytes:

@@ -3,8 +3,8 @@
 Theory of operation. Each node has an engine behind the Engine port and a `Health`
 (core/fleet.py), which is told two things: whether the engine answers when it is asked what it
 serves (`run` asks every few seconds), and how whole streams ended (the gateway says so). Whoever
-subscribes hears of a node when its usable slots or its models have truly changed, never else; a
-new subscriber hears at once how things stand.
+subscribes hears of a node when its usable slots or its models have truly changed, and when it goes
+down, never else; a new subscriber hears at once how things stand.
 
 A node that is listed stays listed, whatever its state: what it serves is remembered while it is
 down, so that its models still exist. Adding one asks it first, so that a mistake is seen at once.
@@ -18,7 +18,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from hashlib import blake2b
 from itertools import count
 
@@ -31,100 +31,44 @@ from anser.core.errors import (
     EngineRefused,
     EngineStalled,
     EngineUnreachable,
+    InvalidField,
     NoNode,
     NotFound,
     Overloaded,
 )
 from anser.core.events import NodeChanged, NodeGone
 from anser.core.fleet import (
-    SLOTS_DEFAULT,
-    Answered,
-    Drained,
     EngineKind,
     EngineReport,
-    Health,
-    HealthEvent,
     Node,
-    NodeState,
     Offer,
-    Resumed,
-    Silent,
-    StreamFailed,
-    StreamFinished,
-    Ticked,
     check_node,
     offers,
     parse_endpoint,
 )
+from anser.core.health import (
+    Answered,
+    Drained,
+    Health,
+    HealthEvent,
+    NodeState,
+    Resumed,
+    Silent,
+    Spared,
+    StreamDeclined,
+    StreamFailed,
+    StreamFinished,
+    Ticked,
+)
 from anser.core.limits import INSPECT_TIMEOUT_S, INSPECTIONS_MAX, NODES_MAX
 from anser.ports import Clock, Engine, NodeStore
+from anser.services.entry import Entry, NodeStatus, lacking, promised
 
-__all__ = ["Fleet", "NodeStatus"]
+__all__ = ["Fleet"]
 
 _LOADING_INTERVAL_S = 0.2  # how often an engine of this process is asked while it loads
 _SOONEST_S = 1.0  # a failing node is asked again no sooner than this
-_NAMED_MAX = 5  # models in a message
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class NodeStatus:
-    """A node as it stands. `slots` are all that it has, `usable` those that it lends now."""
-
-    node: Node
-    state: NodeState
-    kind: EngineKind | None = None
-    version: str | None = None
-    slots: int | None = None
-    usable: int = 0
-    offers: tuple[Offer, ...] = ()
-    error: str | None = None
-    latency_s: float | None = None  # of its last answer to what it serves
-
-    @property
-    def ready(self) -> bool:
-        """Whether it is up and serves something."""
-        return self.state is NodeState.UP and bool(self.offers)
-
-
-@dataclass(slots=True, kw_only=True)
-class _Entry:
-    """A node with all that is known of it."""
-
-    node: Node
-    engine: Engine
-    attached: bool = False  # it runs in this process and is not stored
-    health: Health = field(default_factory=Health)
-    report: EngineReport | None = None
-    offers: dict[str, Offer] = field(default_factory=dict[str, Offer])
-    silence: str | None = None  # why it does not say what it serves
-    failure: str | None = None  # why its last failed stream failed
-    latency_s: float | None = None
-    asked_at: float = 0.0
-    ask_at: float = 0.0
-    asking: bool = False
-    told: NodeChanged | None = None
-
-    @property
-    def slots(self) -> int | None:
-        """All that it has: as its operator says, else as it tells, else as its kind has."""
-        if self.node.slots is not None or self.report is None:
-            return self.node.slots
-        return self.report.slots or SLOTS_DEFAULT[self.report.kind]
-
-    def status(self) -> NodeStatus:
-        """As it stands."""
-        state, report = self.health.state, self.report
-        return NodeStatus(
-            node=self.node,
-            state=state,
-            kind=None if report is None else report.kind,
-            version=None if report is None else report.version,
-            slots=self.slots,
-            usable=self.health.slots(self.slots or 0),
-            offers=tuple(self.offers.values()),
-            error=self.silence or (self.failure if state is NodeState.SUSPECT else None),
-            latency_s=self.latency_s,
-        )
+_SHORT_S = 5.0  # requests wait for a node that is set aside no longer than this
 
 
 Callback = Callable[[NodeChanged | NodeGone], None]
@@ -139,12 +83,15 @@ class Fleet:
         clock: Clock,
         settings: GatewaySettings,
         engine_for: Callable[[Node], Engine],
+        *,
+        own_key: str | None = None,
     ) -> None:
         self._store = store
         self._clock = clock
         self._settings = settings
         self._engine_for = engine_for
-        self._entries: dict[str, _Entry] = {}
+        self._own_key = own_key
+        self._entries: dict[str, Entry] = {}
         self._statuses: dict[str, NodeStatus] = {}
         self._models: dict[str, tuple[Offer, ...]] = {}
         self._adding: dict[str, Node] = {}
@@ -178,12 +125,12 @@ class Fleet:
     async def load(self) -> None:
         """Take up the stored nodes; each is asked as soon as `run` runs."""
         for node in await self._store.nodes():
-            self._enter(_Entry(node=node, engine=self._engine_for(node)))
+            self._enter(Entry(node=node, engine=self._engine_for(node)))
 
     def attach(self, node: Node, engine: Engine) -> None:
         """Take up an engine of this process; it is not stored, and not closed from here."""
         assert node.id not in self._entries, node.id
-        self._enter(_Entry(node=node, engine=engine, attached=True))
+        self._enter(Entry(node=node, engine=engine, attached=True))
 
     async def add(self, node: Node) -> NodeStatus:
         """List a node: ask it what it serves, store it, and use it from now on.
@@ -195,11 +142,12 @@ class Fleet:
         self._check_room(node)
         self._adding[node.id] = node
         try:
-            entry = _Entry(node=node, engine=self._engine_for(node))
+            entry = Entry(node=node, engine=self._engine_for(node))
             try:
                 error = await self._look(entry)
                 if error is not None and not isinstance(error, EngineError):
                     raise error  # it is the operator's word that is wrong
+                self._refuse_itself(entry)
                 await self._store.put_node(node)
             except BaseException:
                 await entry.engine.aclose()
@@ -220,10 +168,11 @@ class Fleet:
     async def _keep(self, id_: str, *, draining: bool) -> None:
         async with self._changing:
             entry = self._find(id_)
-            entry.node = replace(entry.node, draining=draining)
-            self._tell(entry, Drained() if draining else Resumed())
+            node = replace(entry.node, draining=draining)
             if not entry.attached:
-                await self._store.put_node(entry.node)
+                await self._store.put_node(node)
+            entry.node = node
+            self._tell(entry, Drained() if draining else Resumed())
 
     async def remove(self, id_: str) -> None:
         """Forget a node and cut off what runs on it. Raises NotFound, Conflict."""
@@ -269,6 +218,20 @@ class Fleet:
             raise NoNode(f"The node {id_} does not serve {model} any more.", param="model")
         return offer
 
+    def hopeless(self, model: str) -> NoNode | None:
+        """Why no node will take a request for this model soon; None while one may."""
+        entries = [self._entries[offer.node] for offer in self._models.get(model, ())]
+        now = self._clock.now()
+        if any(_may_take(entry.health, now) for entry in entries):
+            return None
+        errors = (self._statuses[entry.node.id].error for entry in entries)
+        why = next((f": {error}" for error in errors if error), ".")
+        waits = [e.health.aside_until - now for e in entries if e.health.aside_until is not None]
+        retry_after_s = min(waits, default=_SHORT_S)
+        return NoNode(
+            f"No node serves {model} now{why}", param="model", retry_after_s=retry_after_s
+        )
+
     def subscribe(self, callback: Callback) -> None:
         """Be told of every change of usable slots and models, and now of how they stand."""
         self._callbacks.append(callback)
@@ -285,14 +248,21 @@ class Fleet:
     def failed(self, id_: str, error: AnserError) -> None:
         """A stream of this node failed. What the request itself had wrong is passed over.
 
-        A 4xx is never the node's failure: one that declines is only asked again what it serves.
+        A 4xx is never the node's failure: one that declines is set aside for a while, and asked
+        again what it serves.
         """
         entry = self._entries.get(id_)
         if entry is None or isinstance(error, EngineRefused) or not isinstance(error, EngineError):
             return
-        if not isinstance(error, EngineDeclined):
-            entry.failure = error.own_words
-            self._tell(entry, StreamFailed(jitter=self._jitter(id_)))
+        entry.failure = error.own_words
+        jitter = self._jitter(id_)
+        if isinstance(error, EngineDeclined):
+            self._tell(entry, StreamDeclined(pause_s=error.retry_after_s, jitter=jitter))
+            for other in self._entries.values():
+                if other is not entry and other.offers.keys() & entry.offers.keys():
+                    self._tell(other, Spared())
+        else:
+            self._tell(entry, StreamFailed(jitter=jitter))
         if isinstance(error, EngineUnreachable | EngineDeclined):
             entry.ask_at = min(entry.ask_at, entry.asked_at + _SOONEST_S)
             self._wake.set()
@@ -306,8 +276,8 @@ class Fleet:
                 self._wake.clear()
                 now = self._clock.now()
                 for entry in list(self._entries.values()):
-                    retry_at = entry.health.retry_at
-                    if retry_at is not None and now >= retry_at:
+                    wake_at = entry.health.wake_at
+                    if wake_at is not None and now >= wake_at:
                         self._tell(entry, Ticked())
                     if now >= entry.ask_at and not entry.asking:
                         entry.asking = True
@@ -319,11 +289,11 @@ class Fleet:
     def _pause_s(self, now: float) -> float:
         """Until the next thing is due; a little more than nothing, so as never to spin."""
         due = [entry.ask_at for entry in self._entries.values() if not entry.asking]
-        due += [e.health.retry_at for e in self._entries.values() if e.health.retry_at is not None]
+        due += [e.health.wake_at for e in self._entries.values() if e.health.wake_at is not None]
         soonest = min(due, default=now + self._settings.probe_interval_s)
         return max(soonest - now, 0.01)
 
-    async def _watch(self, entry: _Entry) -> None:
+    async def _watch(self, entry: Entry) -> None:
         async with self._looks:
             error = await self._look(entry)
         entry.asking = False
@@ -334,7 +304,7 @@ class Fleet:
         entry.ask_at = entry.asked_at + pause_s
         self._wake.set()
 
-    async def _look(self, entry: _Entry) -> AnserError | None:
+    async def _look(self, entry: Entry) -> AnserError | None:
         """Ask what it serves, and note the answer, or why there is none."""
         error: AnserError
         entry.asked_at = self._clock.now()
@@ -349,26 +319,29 @@ class Fleet:
             entry.latency_s = self._clock.now() - entry.asked_at
             self._learn(entry, report)
             return None
-        loading = entry.attached and isinstance(error, EngineUnreachable)
         entry.silence = error.message
+        if isinstance(error, EngineDeclined) and entry.report is not None:
+            entry.health.handle(Answered(), self._clock.now())  # it lives, and was heard before
+            return error
+        loading = entry.attached and isinstance(error, EngineUnreachable)
         entry.health.handle(Silent(loading=loading), self._clock.now())
         return error
 
-    def _learn(self, entry: _Entry, report: EngineReport) -> None:
+    def _learn(self, entry: Entry, report: EngineReport) -> None:
         entry.report = report
         entry.offers = {offer.model: offer for offer in offers(entry.node, report)}
-        entry.silence = None if entry.offers else _offers_nothing(entry.node, report)
+        entry.silence = lacking(entry.node, report, len(entry.offers))
         entry.health.handle(Answered(), self._clock.now())
 
     # Telling
 
-    def _enter(self, entry: _Entry) -> None:
+    def _enter(self, entry: Entry) -> None:
         node = entry.node
         if node.draining:
             entry.health.handle(Drained(), self._clock.now())
         if entry.report is None and node.model is not None:
             kind = EngineKind.LLAMACPP if entry.attached else EngineKind.OPENAI
-            entry.offers = {node.model: _promised(node, node.model, kind)}
+            entry.offers = {node.model: promised(node, node.model, kind)}
         entry.ask_at = self._clock.now()
         if entry.asked_at:
             entry.ask_at += self._settings.probe_interval_s
@@ -376,11 +349,11 @@ class Fleet:
         self._settle(entry)
         self._wake.set()
 
-    def _tell(self, entry: _Entry, event: HealthEvent) -> None:
+    def _tell(self, entry: Entry, event: HealthEvent) -> None:
         entry.health.handle(event, self._clock.now())
         self._settle(entry)
 
-    def _settle(self, entry: _Entry) -> None:
+    def _settle(self, entry: Entry) -> None:
         """Bring the index up to date, and tell subscribers what has changed for them."""
         status = entry.status()
         before = self._statuses.get(entry.node.id)
@@ -390,7 +363,8 @@ class Fleet:
         change = NodeChanged(
             node=entry.node.id, slots=status.usable, models=frozenset(entry.offers)
         )
-        if change != entry.told:
+        was_down = before is None or before.state is NodeState.DOWN
+        if change != entry.told or (status.state is NodeState.DOWN and not was_down):
             entry.told = change
             self._publish(change)
 
@@ -407,17 +381,23 @@ class Fleet:
 
     # Looking up
 
-    def _find(self, id_: str) -> _Entry:
+    def _find(self, id_: str) -> Entry:
         entry = self._entries.get(id_)
         if entry is None:
             raise NotFound(f"There is no node {id_[:64]!r}.", param="node")
         return entry
 
-    def _present(self, id_: str) -> _Entry:
+    def _present(self, id_: str) -> Entry:
         entry = self._entries.get(id_)
         if entry is None:
             raise NoNode(f"The node {id_} has been removed.")
         return entry
+
+    def _refuse_itself(self, entry: Entry) -> None:
+        """A platform that is its own node would hand its requests to itself for ever."""
+        key = None if entry.report is None else entry.report.platform
+        if key is not None and key == self._own_key:
+            raise InvalidField("This is the address of this platform itself.", param="url")
 
     def _check_room(self, node: Node) -> None:
         if len(self._entries) + len(self._adding) >= NODES_MAX:
@@ -435,24 +415,12 @@ class Fleet:
         return int.from_bytes(blake2b(seed, digest_size=4).digest()) / 0xFFFF_FFFF
 
 
+def _may_take(health: Health, now: float) -> bool:
+    """Whether it takes requests, or is worth waiting for."""
+    if health.state in {NodeState.DOWN, NodeState.DRAINING}:
+        return False
+    return health.aside_until is None or health.aside_until - now <= _SHORT_S
+
+
 def _place(node: Node) -> tuple[str, int, str]:
     return parse_endpoint(node.url).place
-
-
-def _promised(node: Node, model: str, kind: EngineKind) -> Offer:
-    """What a node will offer by its operator's word, before its engine has been heard."""
-    return Offer(
-        node=node.id,
-        model=model,
-        engine_model=model,
-        engine=kind,
-        jurisdiction=node.jurisdiction,
-    )
-
-
-def _offers_nothing(node: Node, report: EngineReport) -> str:
-    names = ", ".join(model.name for model in report.models[:_NAMED_MAX])
-    if node.model is None or not names:
-        return "It serves no model."
-    more = f" and {len(report.models) - _NAMED_MAX} more" if len(report.models) > _NAMED_MAX else ""
-    return f"It serves no model {node.model}; it has {names}{more}."

@@ -15,7 +15,13 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
-from contextlib import AbstractAsyncContextManager, AsyncExitStack, aclosing, asynccontextmanager
+from contextlib import (
+    AbstractAsyncContextManager,
+    AsyncExitStack,
+    aclosing,
+    asynccontextmanager,
+    suppress,
+)
 from dataclasses import dataclass, field
 
 from anser.config import GatewaySettings
@@ -47,20 +53,15 @@ from anser.core.events import (
     Submitted,
     Weighed,
 )
-from anser.core.fleet import NodeState
-from anser.core.ledger import LeaseRecord, Outcome, Receipt, Usage
+from anser.core.health import NodeState
+from anser.core.ledger import Outcome, Receipt, Usage
 from anser.core.scheduler import Scheduler
-from anser.ports import Call, Clock, Engine
-from anser.services.chunks import (
-    Piece,
-    Tally,
-    cut_short,
-    read_embedding_usage,
-    read_opening,
-)
+from anser.ports import Call, Clock, Engine, Route
+from anser.services.chunks import Ending, Piece, Tally, read_embedding_usage, read_opening
 from anser.services.fleet import Fleet
 from anser.services.ledger import Ledger
-from anser.services.members import Members, Reservation
+from anser.services.members import Members
+from anser.services.reservation import Reservation
 from anser.services.run import Demand, Patience, Run, call_for
 from anser.services.stats import NodeRow, Snapshot, Stats
 
@@ -68,7 +69,7 @@ __all__ = ["Answer", "Demand", "Embedded", "Gateway", "NodeRow", "Snapshot"]
 
 _COALESCE_S = 0.1  # SCHEDULER rule 4: output is charged per token, told at most this often
 _RETRY_AFTER_S = 5.0
-_OVERRUN_SLACK = 1  # a chunk may be under way when the limit is reached
+_OVERRUN_SLACK = 1  # the rest of the last token may come in a chunk of its own
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -162,7 +163,7 @@ class Gateway:
                     )
             except AnserError as error:
                 await stream.aclose()
-                await self._end(run, Outcome.FAILED, error)
+                await self._fail(run, error)
                 raise
             finally:
                 if not run.closed:
@@ -183,7 +184,7 @@ class Gateway:
             limits = run.reservation.headers()
             await self._end(run, Outcome.FINISHED, None)
         except AnserError as error:
-            await self._end(run, Outcome.FAILED, error)
+            await self._fail(run, error)
             raise
         finally:
             if not run.closed:
@@ -214,6 +215,9 @@ class Gateway:
         if self.draining:
             raise ShuttingDown("This platform is stopping.", retry_after_s=_RETRY_AFTER_S)
         self._check_model(demand.model)
+        if len(self._runs) >= self.ledger.room:
+            message = "Too many receipts wait for the disk."
+            raise Overloaded(message, retry_after_s=_RETRY_AFTER_S)
         reservation = place or self.members.reserve(
             demand.member,
             prompt_tokens=demand.prompt_tokens,
@@ -248,9 +252,9 @@ class Gateway:
         states = self._states(model)
         if not states:
             raise ModelNotFound(f"There is no model {model!r} here.", param="model")
-        if states <= {NodeState.DOWN, NodeState.DRAINING}:
-            message = f"No node serves {model} now."
-            raise NoNode(message, param="model", retry_after_s=_RETRY_AFTER_S)
+        hopeless = self.fleet.hopeless(model)
+        if hopeless is not None:
+            raise hopeless
 
     def _states(self, model: str) -> set[NodeState]:
         """The states that the nodes of this model are in."""
@@ -320,7 +324,7 @@ class Gateway:
     def _failed_before_first(self, run: Run, lease: Lease, error: EngineError) -> None:
         """Tell scheduler and fleet; the run waits again, or its future holds the refusal."""
         self.fleet.failed(lease.node, error)
-        self._close_lease(run, error.code)
+        run.close_lease(error.code, tokens=run.tally.tokens, wall_ms=self._wall_ms())
         run.opened = False
         run.ready = asyncio.get_running_loop().create_future()
         run.tally = Tally(run.demand.prompt_tokens, run.demand.prompt_bytes)
@@ -329,6 +333,8 @@ class Gateway:
         for refused in self._handle(Failed(lease=lease.id, delivered=Usage(), retry=True)):
             if refused.request == run.demand.id and not run.ready.done():
                 run.ready.set_exception(error)
+        if run.lease is None and not run.ready.done() and self.fleet.hopeless(run.demand.model):
+            run.ready.set_exception(error)
 
     # From the first chunk to the receipt
 
@@ -336,36 +342,43 @@ class Gateway:
         self, run: Run, chunks: _Chunks, stream: AsyncExitStack
     ) -> AsyncGenerator[Piece]:
         """Count and pass on each chunk; hold the end until the receipt is durable."""
-        held: list[Piece] = []
+        ending = Ending(run.demand.output_tokens_max)
         counted = chunks.opening
         while counted:
             for piece, tokens in counted:
                 self._progress(run, tokens)
-                if run.tally.tokens > run.demand.output_tokens_max + _OVERRUN_SLACK:
+                if run.tally.tokens > ending.tokens_max + _OVERRUN_SLACK:
                     run.blame = EngineBroken("The engine went past the longest answer asked for.")
-                    held = [Piece(data=cut_short(piece.data), finish="length")]
+                    run.tally.cut(run.delivered)
+                    ending.cut(piece)
                     break
-                if held or piece.finish is not None:
-                    held.append(piece)
-                else:
+                if not ending.holds(piece, tokens, counted=run.tally.tokens):
                     self._deliver(run, tokens)
                     yield piece
             counted = [] if run.blame else await self._next(run, chunks.rest)
-        if not held:
+        if not ending.finished:
             raise EngineBroken("The engine ended its stream without a finish_reason.")
         await stream.aclose()  # the engine's slot is free before the scheduler gives it away
         await self._end(run, Outcome.FINISHED, None)
-        for piece in held:
+        for piece in ending.pieces:
             yield piece
 
     async def _next(self, run: Run, chunks: AsyncIterator[bytes]) -> list[tuple[Piece, int]]:
-        """The next chunk, counted; nothing at the end. Raises EngineError."""
+        """The next chunk, counted; nothing at the end. Raises EngineError.
+
+        Chunks without a token are silence as well; the time that the client takes is not.
+        """
+        left_s, asked_at = self.settings.token_gap_timeout_s - run.silent_s, self.clock.now()
         try:
-            async with asyncio.timeout(self.settings.token_gap_timeout_s):
+            async with asyncio.timeout(max(left_s, 0.0)):
                 data = await anext(chunks, None)
         except TimeoutError:
             raise EngineStalled("The engine went silent in mid-answer.") from None
-        return [] if data is None else [run.tally.read(data)]
+        if data is None:
+            return []
+        piece, tokens = run.tally.read(data)
+        run.silent_s = 0.0 if tokens else run.silent_s + self.clock.now() - asked_at
+        return [(piece, tokens)]
 
     def _deliver(self, run: Run, tokens: int) -> None:
         run.delivered += tokens
@@ -389,6 +402,11 @@ class Gateway:
         if not run.closed:
             await self.ledger.record(self._close(run, outcome, error))
 
+    async def _fail(self, run: Run, error: AnserError) -> None:
+        """End it as failed. Its client is told of `error`, not of what the store may say then."""
+        with suppress(AnserError):
+            await self._end(run, Outcome.FAILED, error)
+
     def _cancel(self, run: Run) -> None:
         """The client has left and the engine has stopped: free all, and leave the receipt."""
         self.ledger.enqueue(self._close(run, Outcome.CANCELLED, None))
@@ -398,7 +416,8 @@ class Gateway:
         generated, delivered = run.generated(outcome), run.received(outcome)
         lease = run.lease
         self._report_node(run, outcome, error)
-        self._close_lease(run, None if error is None else error.code)
+        code, wall_ms = None if error is None else error.code, self._wall_ms()
+        run.close_lease(code, tokens=generated.completion_tokens, wall_ms=wall_ms)
         self._remove(run)
         if lease is None:
             self._handle(Cancelled(request=run.demand.id))
@@ -407,21 +426,12 @@ class Gateway:
         else:
             self._handle(Finished(lease=lease.id, usage=generated))
         run.reservation.settle(
-            prompt_tokens=generated.prompt_tokens, completion_tokens=generated.completion_tokens
+            prompt_tokens=generated.prompt_tokens,
+            completion_tokens=generated.completion_tokens,
+            typical=outcome is Outcome.FINISHED and run.demand.route is not Route.EMBEDDINGS,
         )
         self._count(run, outcome, delivered)
-        return Receipt(
-            request=run.demand.id,
-            member=run.demand.member,
-            model=run.demand.model,
-            outcome=outcome,
-            error=None if error is None else error.code,
-            usage=delivered,
-            leases=tuple(run.leases),
-            queued_ms=run.queued_ms,
-            first_token_ms=run.first_token_ms,
-            ended_ms=run.moment(self._wall_ms()),
-        )
+        return run.receipt(outcome, error, wall_ms=wall_ms)
 
     def _report_node(self, run: Run, outcome: Outcome, error: AnserError | None) -> None:
         """A whole stream tells about its node; the client's own fault or leaving does not."""
@@ -432,21 +442,6 @@ class Gateway:
             self.fleet.failed(run.lease.node, blame)
         elif outcome is Outcome.FINISHED:
             self.fleet.succeeded(run.lease.node)
-
-    def _close_lease(self, run: Run, error: str | None) -> None:
-        lease = run.lease
-        if lease is None:
-            return
-        record = LeaseRecord(
-            lease=lease.id,
-            node=lease.node,
-            started_ms=run.lease_started_ms,
-            ended_ms=run.moment(self._wall_ms()),
-            completion_tokens=run.tally.tokens,
-            error=error,
-        )
-        run.leases.append(record)
-        run.lease = None
 
     def _remove(self, run: Run) -> None:
         del self._runs[run.demand.id]
@@ -495,6 +490,11 @@ class Gateway:
 
     def _fleet_changed(self, event: NodeChanged | NodeGone) -> None:
         self._handle(event)
+        for run in self._runs.values():
+            if run.lease is None and not run.ready.done():
+                hopeless = self.fleet.hopeless(run.demand.model)
+                if hopeless is not None:  # or it would wait for a slot that will not come
+                    run.ready.set_exception(hopeless)
 
     def _wall_ms(self) -> int:
         return int(self.clock.wall() * 1_000)

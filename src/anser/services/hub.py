@@ -10,6 +10,7 @@ chance from the start, so that one liar cannot spoil an honest mirror's file.
 from __future__ import annotations
 
 import asyncio
+import hashlib
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -31,6 +32,7 @@ class Hub:
     def __init__(self, mirrors: Sequence[Mirror], blobs: Blobs) -> None:
         self._mirrors = tuple(mirrors)
         self._blobs = blobs
+        self._digests: dict[tuple[str, int, int], str] = {}
 
     def __repr__(self) -> str:
         return f"<Hub {[mirror.name for mirror in self._mirrors]}>"
@@ -47,14 +49,36 @@ class Hub:
         return max(1, round(known.parameters / _FACTOR_PARAMETERS))
 
     def resolve(self, spec: str) -> Model:
-        """A known name, a path to a GGUF file, or hf:org/repo/file. Raises RequestError."""
-        return read_spec(spec)
+        """A known name, a path to a GGUF file, or hf:org/repo/file. Raises RequestError.
+
+        A file by path that is a known model's is that model. (Only one of the same size is hashed,
+        and only once.)
+        """
+        model = read_spec(spec)
+        path = self.find(model) if model.file.path is not None else None
+        return model if path is None else self._recognised(model, path)
+
+    def _recognised(self, model: Model, path: Path) -> Model:
+        try:
+            facts = path.stat()
+            alike = [known for known in KNOWN_MODELS if known.file.size_bytes == facts.st_size]
+            if not alike:
+                return model
+            key = (str(path), facts.st_ino, facts.st_mtime_ns)
+            if key not in self._digests:
+                with path.open("rb") as file:
+                    self._digests[key] = hashlib.file_digest(file, "sha256").hexdigest()
+        except OSError:
+            return model  # whoever loads it will say why it cannot be read
+        same = (known for known in alike if known.file.sha256 == self._digests[key])
+        known = next(same, None)
+        return model if known is None else replace(known, file=replace(known.file, path=str(path)))
 
     def find(self, model: Model) -> Path | None:
         """The model's file, if it is whole and on this machine."""
         file = model.file
         if file.path is not None:
-            path = Path(file.path)
+            path = Path(file.path).expanduser()
             return path if path.is_file() else None
         return None if file.sha256 is None else self._blobs.find(file.sha256)
 
@@ -123,14 +147,25 @@ class Hub:
     async def _download(
         self, mirror: Mirror, file: ModelFile, sha256: str, progress: Progress
     ) -> Path:
-        """Fetch, going on after a failure as long as there is progress."""
+        """Fetch, going on after a failure as long as there is progress.
+
+        Progress is what the mirror tells, for only it knows where its bytes go: the file may be
+        inside another one.
+        """
         partial = self._blobs.partial(sha256)
+        furthest = _size(partial)
+
+        def note(done: int, total: int | None) -> None:
+            nonlocal furthest
+            furthest = max(furthest, done)
+            progress(done, total)
+
         for _ in range(limits.DOWNLOAD_RETRIES_MAX):
-            before = _size(partial)
+            before = furthest
             try:
-                await mirror.fetch(file, partial, progress)
+                await mirror.fetch(file, partial, note)
             except SourceError:
-                if _size(partial) <= before:
+                if furthest <= before:
                     raise
                 continue
             return await self._blobs.commit(sha256)

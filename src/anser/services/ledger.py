@@ -6,16 +6,16 @@ one transaction; then it wakes everybody who waited. While one batch is being wr
 piles up, so a busy ledger makes few large batches and an idle one answers at the disk's speed;
 nothing is ever delayed on purpose.
 
-A commit that fails is raised to each who waits for it, and the loop goes on. If the store finds
+A commit that fails is raised to each who waits for it, and its receipts are kept: they are tried
+again until they are stored or the platform stops; then their loss is logged. Who waits goes before
+what is kept, in batches of its own, so that a failing store delays nobody twice. If the store finds
 that a batch contradicts what it holds (Conflict), each receipt is tried alone, so that only the
 culprit fails.
 
-A receipt for which nobody waits, because its client has left, is kept and tried again until it is
-stored or the platform stops; then its loss is logged.
-
 Invariants:
-- at most one receipt per request is pending at a time;
-- pending and kept receipts together stay within their limit;
+- at most one receipt per request is pending at a time, and one is kept;
+- all receipts that are not durable yet stay within their limit: whoever asks for `room` before
+  admitting a request is never refused its receipt;
 - `signed_ms` never goes back, whatever the clock does;
 - when `run` has ended, nobody waits.
 """
@@ -25,6 +25,7 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
@@ -61,11 +62,6 @@ class _Pending:
     leaf: bytes
     waiters: list[asyncio.Future[None]] = field(default_factory=list["asyncio.Future[None]"])
 
-    @property
-    def unattended(self) -> bool:
-        """Whether nobody is there to be told of a failure."""
-        return all(waiter.cancelled() for waiter in self.waiters)
-
 
 class Ledger:
     """Records receipts durably, in signed batches, and gives them out with their proofs."""
@@ -75,7 +71,8 @@ class Ledger:
         self._signer = signer
         self._clock = clock
         self._pending: dict[str, _Pending] = {}
-        self._kept: list[_Pending] = []  # unattended, after a failed commit
+        self._kept: dict[str, _Pending] = {}  # after a failed commit
+        self._failing = False  # so the last commit said
         self._writing: list[_Pending] = []
         self._signed: SignedBatch | None = None  # of what is being written
         self._signed_ms = 0
@@ -95,23 +92,29 @@ class Ledger:
 
     def validate(self) -> None:
         """Assert the invariants."""
-        assert len(self._pending) <= limits.RECEIPTS_PENDING_MAX
-        assert len(self._kept) <= limits.RECEIPTS_PENDING_MAX + limits.BATCH_RECEIPTS_MAX
+        assert self.room >= 0
         assert len(self._writing) <= limits.BATCH_RECEIPTS_MAX
         assert self._running or not self._writing
         assert bool(self._writing) == (self._signed is not None)
-        assert all(key == entry.receipt.request for key, entry in self._pending.items())
+        for entries in (self._pending, self._kept):
+            assert all(key == entry.receipt.request for key, entry in entries.items())
 
     @property
     def public_key(self) -> bytes:
         """The 32 bytes that check this platform's receipts."""
         return self._signer.public_key
 
+    @property
+    def room(self) -> int:
+        """How many more receipts may wait for the disk."""
+        waiting = len(self._pending) + len(self._kept) + len(self._writing)
+        return limits.RECEIPTS_PENDING_MAX - waiting
+
     async def record(self, receipt: Receipt) -> None:
         """Return when the receipt is durable; recording the same one again changes nothing.
 
-        Raises StoreError if it could not be stored, Conflict if another receipt of this request
-        exists, Overloaded and ShuttingDown before anything was accepted.
+        Raises StoreError if it is not durable now: it will be stored later. Raises Conflict if
+        another receipt of this request exists, Overloaded and ShuttingDown if it is not accepted.
         """
         waiter = asyncio.get_running_loop().create_future()
         self._accept(receipt).waiters.append(waiter)
@@ -124,10 +127,8 @@ class Ledger:
 
     def enqueue(self, receipt: Receipt) -> None:
         """Store the receipt soon; for a client that has left. A loss is logged, never raised."""
-        try:
+        with suppress(AnserError):
             self._accept(receipt)
-        except AnserError as error:
-            _log.error("receipt lost", request=receipt.request, code=error.code)
 
     async def run(self) -> None:
         """Commit batches until `aclose` or cancelled; what was accepted by then is written first.
@@ -139,12 +140,14 @@ class Ledger:
         try:
             await self._resume_time()
             while not self._closing:
-                with anyio.move_on_after(_RETRY_S if self._kept else math.inf):
+                with anyio.move_on_after(_RETRY_S if self._kept else math.inf) as pause:
                     await self._work.wait()
                 self._work.clear()
+                self._failing &= not pause.cancelled_caught
                 await self._flush()
         finally:
             self._closing = True
+            self._failing = False
             try:
                 with anyio.move_on_after(limits.LEDGER_FLUSH_S, shield=True):
                     await self._flush()
@@ -182,19 +185,28 @@ class Ledger:
         return await self._store.recent(limit=limit, member=member)
 
     def _accept(self, receipt: Receipt) -> _Pending:
+        try:
+            return self._entry(receipt)
+        except AnserError as refusal:
+            _lost(receipt, refusal.code)
+            raise
+
+    def _entry(self, receipt: Receipt) -> _Pending:
+        """Where this receipt waits for its commit, from now on or already."""
         if self._closing:
             raise ShuttingDown("The ledger is closed.")
-        same = self._pending.get(receipt.request)
-        if same is not None:
-            if same.receipt != receipt:
-                raise Conflict(f"Another receipt of request {receipt.request} is being written.")
-            return same
-        if len(self._pending) + len(self._kept) >= limits.RECEIPTS_PENDING_MAX:
-            raise Overloaded("Too many receipts wait for the disk.")
-        entry = _Pending(receipt=receipt, leaf=leaf_of(receipt))
-        self._pending[receipt.request] = entry
+        request = receipt.request
+        same = self._pending.get(request) or self._kept.get(request)
+        if same is not None and same.receipt != receipt:
+            raise Conflict(f"Another receipt of request {request} is being written.")
+        if same is None:
+            if self.room <= 0:
+                raise Overloaded("Too many receipts wait for the disk.")
+            same = _Pending(receipt=receipt, leaf=leaf_of(receipt))
+        self._kept.pop(request, None)
+        self._pending[request] = same
         self._work.set()
-        return entry
+        return same
 
     async def _resume_time(self) -> None:
         """Take up `signed_ms` where the newest stored batch left it."""
@@ -204,37 +216,30 @@ class Ledger:
             self._signed_ms = max(self._signed_ms, stored.batch.signed_ms)
 
     async def _flush(self) -> None:
-        succeeded = True
-        while self._writing or self._pending or (self._kept and succeeded):
-            succeeded = await self._commit()
+        """Write all that waits, and in turn what is kept for as long as the store takes it."""
+        while self._writing or self._pending or (self._kept and not self._failing):
+            if self._writing or self._pending:
+                await self._commit(self._pending)
+            if self._kept and not self._failing:
+                await self._commit(self._kept)
 
-    async def _commit(self) -> bool:
-        """Write the oldest receipts, up to one batch, and tell their waiters; whether it succeeded.
+    async def _commit(self, waiting: dict[str, _Pending]) -> None:
+        """Write the oldest of these, up to one batch, and tell their waiters.
 
         If an earlier call was cut off in mid-write, its very same batch is written again, which
         changes nothing if it was stored after all.
         """
         if self._signed is None:
-            self._writing = self._take()
+            names = list(islice(waiting, limits.BATCH_RECEIPTS_MAX))
+            self._writing = [waiting.pop(name) for name in names]
             self._signed = self._sign(self._writing)
-        failure: StoreError | None = None
         try:
             await self._append(self._writing, self._signed)
         except Conflict as conflict:
             await self._commit_singly(conflict)
         except StoreError as error:
-            failure = error
             self._fail(self._writing, error)
         self._writing, self._signed = [], None
-        return failure is None
-
-    def _take(self) -> list[_Pending]:
-        size = limits.BATCH_RECEIPTS_MAX
-        taken, self._kept = self._kept[:size], self._kept[size:]
-        oldest = list(islice(self._pending, size - len(taken)))
-        requests = {entry.receipt.request for entry in taken}
-        # A request is in a batch once; the second of its receipts waits for the next one.
-        return taken + [self._pending.pop(name) for name in oldest if name not in requests]
 
     async def _commit_singly(self, conflict: Conflict) -> None:
         if len(self._writing) == 1:
@@ -248,20 +253,20 @@ class Ledger:
 
     async def _append(self, entries: list[_Pending], signed: SignedBatch) -> None:
         await self._store.append(signed)
+        self._failing = False
         self._batches += 1
         self._receipts += len(entries)
         for waiter in _waiters(entries):
             waiter.set_result(None)
 
     def _fail(self, entries: Sequence[_Pending], error: StoreError | Conflict) -> None:
-        """Tell all who wait; keep for later what nobody waits for."""
+        """Tell all who wait; what the store may take later is kept."""
         for entry in entries:
-            if not entry.unattended:
-                continue
             if isinstance(error, StoreError):
-                self._kept.append(entry)
+                self._failing = True
+                self._kept.setdefault(entry.receipt.request, entry)
             else:
-                _log.error("receipt lost", request=entry.receipt.request, code=error.code)
+                _lost(entry.receipt, error.code)
         for waiter in _waiters(entries):
             waiter.set_exception(type(error)(error.message))
 
@@ -281,16 +286,19 @@ class Ledger:
 
     def _abandon(self) -> None:
         """Nobody waits when the loop has ended."""
-        left = [*self._writing, *self._kept, *self._pending.values()]
-        self._pending, self._writing, self._kept, self._signed = {}, [], [], None
+        left = [*self._writing, *self._kept.values(), *self._pending.values()]
+        self._pending, self._writing, self._kept, self._signed = {}, [], {}, None
         for entry in left:
-            if entry.unattended:
-                _log.error("receipt lost", request=entry.receipt.request, code="shutting_down")
+            _lost(entry.receipt, ShuttingDown.code)
         for waiter in _waiters(left):
             message = "The platform stopped before the receipt was known to be stored."
             waiter.set_exception(StoreError(message))
         self._running = False
         self._ended.set()
+
+
+def _lost(receipt: Receipt, code: str) -> None:
+    _log.error("receipt lost", request=receipt.request, code=code)
 
 
 def _waiters(entries: Sequence[_Pending]) -> list[asyncio.Future[None]]:

@@ -1,22 +1,24 @@
 """Members: who is asking, with which weight, and within which limits.
 
 Theory of operation. All members and keys are held in memory; the store is written first, so what
-is answered has lasted. A key is found by its keyed hash in one dict look-up; no secret is ever
-compared. A reservation checks and takes on the whole path from organisation to person between two
-awaits, so two requests can never both take the last place; several places are taken together, or
-none of them.
+is answered has lasted, and changes are made one after the other. A key is found by its keyed hash
+in one dict look-up; no secret is ever compared. Keys that have ended stay listed until their place
+is needed: a wall clock that is wrong takes nothing away for good. A reservation checks and takes on
+the whole path from organisation to person between two awaits, so two requests can never both take
+the last place; several places are taken together, or none of them.
 """
 
 from __future__ import annotations
 
 import asyncio
+import math
 import secrets
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from anser.config import MemberSettings
 from anser.core import limits
-from anser.core.allowance import Allowance
+from anser.core.allowance import DAY_S, Allowance
 from anser.core.errors import (
     Conflict,
     InvalidField,
@@ -38,14 +40,13 @@ from anser.core.members import (
     key_text,
 )
 from anser.ports import Clock, MemberStore
+from anser.services.reservation import Account, Reservation
 
-__all__ = ["ANONYMOUS_KEY", "OWNER", "Members", "Principal", "Reservation"]
+__all__ = ["ANONYMOUS_KEY", "OWNER", "Members", "Principal", "Reservation", "Spent"]
 
 OWNER = "local/default/owner"
 ANONYMOUS_KEY = "anonymous"  # for clients that cannot leave the key out
 _WEIGHT = 1_000
-_OUTPUT_FIRST_GUESS = 256.0
-_OUTPUT_MEMORY = 0.2  # weight of the newest answer in the moving average
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,63 +59,13 @@ class Principal:
     anonymous: bool
 
 
-@dataclass(slots=True)
-class _Account:
-    """What is remembered of an active member: its allowance and its usual answer's length."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Spent:
+    """Tokens that a member took before this platform started."""
 
-    allowance: Allowance
-    output_tokens: float = _OUTPUT_FIRST_GUESS
-
-
-@dataclass(slots=True)
-class Reservation:
-    """The place of one admitted request in the limits of its member and all above it."""
-
-    members: Members
     member: str
     tokens: int
-    _path: tuple[_Account, ...]
-    _queued: bool = True
-    _settled: bool = False
-
-    def started(self) -> None:
-        """The request runs; it no longer counts as waiting."""
-        if self._queued:
-            self._queued = False
-            for account in self._path:
-                account.allowance.queued -= 1
-
-    def requeued(self) -> None:
-        """The request waits again, because its node failed."""
-        if not self._queued:
-            self._queued = True
-            for account in self._path:
-                account.allowance.queued += 1
-
-    def settle(self, *, prompt_tokens: int, completion_tokens: int) -> None:
-        """The request has ended: put what it really took in place of the estimate. Idempotent."""
-        if self._settled:
-            return
-        self._end()
-        self.members.settle(self, prompt_tokens=prompt_tokens, completion_tokens=completion_tokens)
-
-    def withdraw(self) -> None:
-        """The request has never been admitted: give everything back. Idempotent."""
-        if not self._settled:
-            self._end()
-            self.members.withdraw(self)
-
-    def _end(self) -> None:
-        self.started()
-        self._settled = True
-
-    def accounts(self) -> tuple[_Account, ...]:
-        """The path's accounts, the organisation's first."""
-        return self._path
-
-    def headers(self) -> dict[str, str]:
-        """The x-ratelimit headers of this member's tightest limits."""
-        return self.members.headers(self._path)
+    ago_s: float
 
 
 @dataclass(slots=True)
@@ -129,13 +80,13 @@ class Members:
     _members: dict[str, Member] = field(default_factory=dict[str, Member])
     _keys: dict[str, Key] = field(default_factory=dict[str, Key])
     _by_hash: dict[bytes, Key] = field(default_factory=dict[bytes, Key])
-    _accounts: dict[tuple[str, bool], _Account] = field(
-        default_factory=dict[tuple[str, bool], _Account]
+    _accounts: dict[tuple[str, bool], Account] = field(
+        default_factory=dict[tuple[str, bool], Account]
     )
-    _changing: asyncio.Lock = field(default_factory=asyncio.Lock)  # one change after the other
     _listeners: list[Callable[[str, int], None]] = field(
         default_factory=list[Callable[[str, int], None]]
     )
+    _changing: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     def __repr__(self) -> str:
         return f"<Members {len(self._members)} keys={len(self._keys)} open={len(self._accounts)}>"
@@ -149,18 +100,13 @@ class Members:
             account.allowance.validate()
 
     async def load(self) -> None:
-        """Read the store; make the owner of a new platform; forget keys that expired long ago."""
+        """Read the store; make the owner of a new platform."""
         for member in await self.store.members():
             self._members[member.id] = member
         anonymous = Member(id=ANONYMOUS, weight=self.settings.anonymous_weight)
         self._members[ANONYMOUS] = anonymous
         for key in await self.store.keys():
             self._remember(key)
-        wall = self.clock.wall()
-        stale = tuple(key.id for key in self._keys.values() if not key.valid(wall))
-        await self.store.forget_keys(stale)
-        for key_id in stale:
-            self._by_hash.pop(self._keys.pop(key_id).hash, None)
         for member_id in ancestry(OWNER):
             if member_id not in self._members:
                 await self.add_member(member_id)
@@ -209,7 +155,24 @@ class Members:
         self, member: str, *, weight: int = _WEIGHT, member_limits: Limits | None = None
     ) -> Member:
         """Add a member below one that exists. Raises InvalidField, NotFound, Conflict."""
-        path = ancestry(check_member_id(member))
+        added = Member(
+            id=check_member_id(member),
+            weight=weight,
+            limits=member_limits or Limits(),
+            created_at=self.clock.wall(),
+        )
+        async with self._changing:
+            self._check_free(member)
+            await self.store.put_member(added)
+            self._members[member] = added
+        self._accounts.pop((member, True), None)
+        self._accounts.pop((member, False), None)
+        self._tell(added)
+        return added
+
+    def _check_free(self, member: str) -> None:
+        """Whether a member of this name may be added. Raises NotFound, Conflict, Overloaded."""
+        path = ancestry(member)
         if member in self._members:
             raise Conflict(f"The member {member} exists already.", param="member")
         if path[0] == ANONYMOUS:
@@ -218,18 +181,6 @@ class Members:
             raise NotFound(f"Add {path[-2]} first: a member's parent must exist.", param="member")
         if len(self._members) >= limits.MEMBERS_MAX:
             raise Overloaded(f"This platform holds at most {limits.MEMBERS_MAX} members.")
-        added = Member(
-            id=member,
-            weight=weight,
-            limits=member_limits or Limits(),
-            created_at=self.clock.wall(),
-        )
-        await self.store.put_member(added)
-        self._members[member] = added
-        self._accounts.pop((member, True), None)
-        self._accounts.pop((member, False), None)
-        self._tell(added)
-        return added
 
     async def set_member(
         self, member: str, *, weight: int | None = None, changes: Mapping[str, int | None]
@@ -275,8 +226,6 @@ class Members:
         """Make a key; its text is returned here and never again. Raises NotFound, Overloaded."""
         if member not in self._members or member == ANONYMOUS:
             raise NotFound(f"There is no member {member}.", param="member")
-        if len(self._keys) >= limits.KEYS_MAX:
-            raise Overloaded(f"This platform holds at most {limits.KEYS_MAX} keys.")
         text, wall = key_text(secrets.token_bytes(32)), self.clock.wall()
         key = Key(
             id="key_" + secrets.token_hex(6),
@@ -287,19 +236,33 @@ class Members:
             created_at=wall,
             expires_at=None if lifetime_s is None else wall + lifetime_s,
         )
-        await self.store.put_key(key)
-        self._remember(key)
+        async with self._changing:
+            await self._make_room(wall)
+            await self.store.put_key(key)
+            self._remember(key)
         return text, key
+
+    async def _make_room(self, wall: float) -> None:
+        """Where no more keys can be held, forget the one that ended first. Raises Overloaded."""
+        if len(self._keys) < limits.KEYS_MAX:
+            return
+        ended = (key for key in self._keys.values() if not key.valid(wall))
+        first = min(ended, key=_ended_at, default=None)
+        if first is None:
+            raise Overloaded(f"This platform holds at most {limits.KEYS_MAX} keys.")
+        await self.store.forget_keys((first.id,))
+        self._by_hash.pop(self._keys.pop(first.id).hash, None)
 
     async def revoke_key(self, key_id: str) -> Key:
         """Close a key for good; revoking it again changes nothing. Raises NotFound."""
-        key = self._keys.get(key_id)
-        if key is None:
-            raise NotFound(f"There is no key {key_id}.", param="key")
-        if key.revoked_at is None:
-            key = replace(key, revoked_at=self.clock.wall())
-            await self.store.put_key(key)
-            self._remember(key)
+        async with self._changing:
+            key = self._keys.get(key_id)
+            if key is None:
+                raise NotFound(f"There is no key {key_id}.", param="key")
+            if key.revoked_at is None:
+                key = replace(key, revoked_at=self.clock.wall())
+                await self.store.put_key(key)
+                self._remember(key)
         return key
 
     def reserve(self, member: str, *, prompt_tokens: int, output_tokens_max: int) -> Reservation:
@@ -352,23 +315,12 @@ class Members:
                 account.allowance.adjust(size, now)
         return places
 
-    def settle(
-        self, reservation: Reservation, *, prompt_tokens: int, completion_tokens: int
-    ) -> None:
+    def settle(self, reservation: Reservation, tokens: int) -> None:
         """Correct a reservation to what its request took; called once, by the reservation."""
-        leaf = reservation.accounts()[-1]
-        leaf.output_tokens += _OUTPUT_MEMORY * (completion_tokens - leaf.output_tokens)
-        self._free(reservation, prompt_tokens + completion_tokens)
-
-    def withdraw(self, reservation: Reservation) -> None:
-        """Give a reservation back, as if it had never been; called once, by the reservation."""
-        self._free(reservation, 0)
-
-    def _free(self, reservation: Reservation, taken: int) -> None:
         now, path = self.clock.now(), reservation.accounts()
         for account in path:
             account.allowance.open -= 1
-            account.allowance.adjust(taken - reservation.tokens, now)
+            account.allowance.adjust(tokens - reservation.tokens, now)
         self._forget_idle(reservation.member, path[-1])
 
     def _places_max(self, member: str) -> int:
@@ -384,18 +336,35 @@ class Members:
         )
         return min(bounds)
 
-    def restore_day(self, member: str, tokens: int) -> None:
-        """After a restart: count `tokens` of the last day against the member's daily limit."""
-        for account in self._path(member):
-            bucket = account.allowance.day
-            if bucket is not None:
-                bucket.take(tokens, self.clock.now())
+    @property
+    def counts_days(self) -> bool:
+        """Whether anybody has a daily limit."""
+        own = any(member.limits.tokens_per_day for member in self._members.values())
+        return own or self.settings.tokens_per_day > 0
+
+    def restore_days(self, spent: Iterable[Spent]) -> None:
+        """After a restart: take what was spent in the last days, the oldest first, once more.
+
+        Nobody knows how full a bucket was before: it begins empty, two days ago, and since only
+        what fitted was admitted, no more is taken than there is. So nobody gains by a restart.
+        """
+        now = self.clock.now()
+        taken = [
+            (bucket, each.tokens, now - each.ago_s)
+            for each in spent
+            for account in self._path(each.member)
+            if (bucket := account.allowance.day) is not None
+        ]
+        for bucket, _, _ in taken:
+            bucket.level, bucket.at = 0.0, now - 2 * DAY_S
+        for bucket, tokens, at in taken:
+            bucket.take(min(tokens, max(0, math.floor(bucket.available(at)))), at)
 
     def limits_left(self, member: str) -> dict[str, str]:
         """The x-ratelimit headers of this member's tightest limits."""
         return self.headers(self._path(member))
 
-    def headers(self, path: tuple[_Account, ...]) -> dict[str, str]:
+    def headers(self, path: tuple[Account, ...]) -> dict[str, str]:
         """The x-ratelimit headers for the tightest request and token limits on a path."""
         now, headers = self.clock.now(), dict[str, str]()
         rooms = [
@@ -420,15 +389,15 @@ class Members:
             headers["x-ratelimit-reset-tokens"] = f"{bucket.wait_s(bucket.limit, now):.3f}s"
         return headers
 
-    def _path(self, member: str) -> tuple[_Account, ...]:
+    def _path(self, member: str) -> tuple[Account, ...]:
         """The accounts that one request of `member` counts in, its own one with defaults last."""
         above = (self._account(each, leaf=False) for each in ancestry(member))
         return (*above, self._account(member, leaf=True))
 
-    def _account(self, member: str, *, leaf: bool) -> _Account:
+    def _account(self, member: str, *, leaf: bool) -> Account:
         account = self._accounts.get((member, leaf))
         if account is None:
-            account = _Account(Allowance(self._limits(member, leaf=leaf)))
+            account = Account(Allowance(self._limits(member, leaf=leaf)))
             self._accounts[member, leaf] = account
         return account
 
@@ -445,7 +414,7 @@ class Members:
             tokens_per_day=own.tokens_per_day or settings.tokens_per_day or None,
         )
 
-    def _forget_idle(self, member: str, account: _Account) -> None:
+    def _forget_idle(self, member: str, account: Account) -> None:
         """An anonymous bucket without limits over time leaves nothing behind when it is idle."""
         allowance = account.allowance
         lasting = allowance.minute is not None or allowance.day is not None
@@ -465,6 +434,12 @@ class Members:
             listener(member.id, member.weight)
 
 
+def _ended_at(key: Key) -> float:
+    """When a key expired or was revoked, whichever came first."""
+    return min(end for end in (key.revoked_at, key.expires_at, math.inf) if end is not None)
+
+
 def _public_name(member: str) -> str:
     """A member's name in messages; an anonymous bucket's number is nobody's business."""
-    return "Anonymous use from your network" if member.startswith(ANONYMOUS) else member
+    anonymous = ancestry(member)[0] == ANONYMOUS
+    return "Anonymous use from your network" if anonymous else member

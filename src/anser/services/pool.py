@@ -8,8 +8,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from anser.core.fleet import Ability, EngineKind, NodeState, Offer
-from anser.services.fleet import Fleet, NodeStatus
+from anser.core.fleet import Ability, EngineKind, Offer
+from anser.core.health import NodeState
+from anser.services.entry import NodeStatus
+from anser.services.fleet import Fleet
 from anser.services.gateway import Gateway
 
 __all__ = ["ModelView", "NodeView", "PoolView", "nodes_ready", "view_of"]

@@ -6,14 +6,14 @@ import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from anser.core.errors import EngineError, QueueTimeout
+from anser.core.errors import AnserError, EngineError, QueueTimeout
 from anser.core.events import Lease
 from anser.core.fleet import Offer
-from anser.core.ledger import LeaseRecord, Outcome, Usage
+from anser.core.ledger import LeaseRecord, Outcome, Receipt, Usage
 from anser.core.limits import START_WAIT_S
 from anser.ports import Call, Clock, Route
 from anser.services.chunks import Tally
-from anser.services.members import Reservation
+from anser.services.reservation import Reservation
 
 __all__ = ["Demand", "Patience", "Run", "call_for"]
 
@@ -77,6 +77,7 @@ class Run:
     delivered: int = 0
     told: int = 0
     told_at: float = 0.0
+    silent_s: float = 0.0  # waited for the engine since its last token
     opened: bool = False  # its engine has been asked
     began: bool = False  # its engine has answered
     blame: EngineError | None = None  # what its node did wrong, though the answer ended well
@@ -102,6 +103,7 @@ class Run:
                     message = f"{self.demand.model} is still being fetched or loaded."
                 raise QueueTimeout(message, retry_after_s=_RETRY_AFTER_S)
             await asyncio.wait({self.ready}, timeout=left_s)
+        self.patience.starting = False  # a retry goes on with the time that is left
         return self.ready.result()
 
     def moment(self, wall_ms: int) -> int:
@@ -126,6 +128,36 @@ class Run:
             prompt_tokens=usage.prompt_tokens,
             cached_tokens=usage.cached_tokens,
             completion_tokens=self.delivered,
+        )
+
+    def close_lease(self, error: str | None, *, tokens: int, wall_ms: int) -> None:
+        """The lease, if there is one, has ended after so many tokens."""
+        if self.lease is None:
+            return
+        record = LeaseRecord(
+            lease=self.lease.id,
+            node=self.lease.node,
+            started_ms=self.lease_started_ms,
+            ended_ms=self.moment(wall_ms),
+            completion_tokens=tokens,
+            error=error,
+        )
+        self.leases.append(record)
+        self.lease = None
+
+    def receipt(self, outcome: Outcome, error: AnserError | None, *, wall_ms: int) -> Receipt:
+        """What is left of it when it has ended."""
+        return Receipt(
+            request=self.demand.id,
+            member=self.demand.member,
+            model=self.demand.model,
+            outcome=outcome,
+            error=None if error is None else error.code,
+            usage=self.received(outcome),
+            leases=tuple(self.leases),
+            queued_ms=self.queued_ms,
+            first_token_ms=self.first_token_ms,
+            ended_ms=self.moment(wall_ms),
         )
 
 

@@ -9,6 +9,7 @@ request still leaves its receipt before the process ends.
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import signal
 import socket
@@ -168,6 +169,9 @@ def listen(host: str, port: int) -> Generator[socket.socket]:
             sock.bind(address)
             sock.listen(_BACKLOG)
         except OSError as error:
+            if error.errno == errno.EADDRNOTAVAIL:
+                message = f"{host} is not an address of this machine. Choose another --host."
+                raise ConfigError(message) from error
             message = (
                 f"Port {port} of {host} cannot be opened: {error.strerror}. Try another --port."
             )
