@@ -90,3 +90,44 @@ def test_heap_is_a_set() -> None:
     assert item in heap
     assert list(heap) == [item]
     assert repr(heap) == "<Heap of 1, 1 entries>"
+
+
+def test_heap_gives_some_items_up_to_a_limit() -> None:
+    """The least first, no more than asked for, none above the limit."""
+    heap: Heap[Item] = Heap(POOL)
+    items = [Item(key) for key in range(10)]
+    for item in reversed(items):
+        heap.add(item)
+    heap.discard(items[1])
+    items[2].key = 50
+    found = heap.upto(5, 3)
+    assert found[0] is items[0]
+    assert len(found) == 3
+    assert {item.key for item in heap.upto(5, 20)} == {0, 3, 4, 5}
+    assert heap.upto(-1, 3) == []
+    assert Heap[Item](POOL).upto(5, 3) == []
+    heap.validate()
+
+
+def test_heap_looks_at_a_bounded_number_of_entries() -> None:
+    """Where most have moved on, it gives few items rather than looking for long."""
+    heap: Heap[Item] = Heap(POOL)
+    items = [Item(0) for _ in range(100)]
+    for item in items:
+        heap.add(item)
+        item.key = 1_000
+    items[0].key = items[99].key = 0
+    assert heap.upto(5, 2) == [items[0]]
+    heap.validate()
+
+
+def test_heap_moves_to_another_pool() -> None:
+    """Its order is that of the keys there."""
+    heap: Heap[Item] = Heap(POOL)
+    first, second = Item(1), Item(2)
+    heap.add(first)
+    heap.add(second)
+    first.key = 3
+    heap.move(Pool(2))
+    assert heap.least() is second
+    heap.validate()

@@ -40,7 +40,7 @@ class Place:
     hit: int = 0  # how much of it they have, in tokens
     since: float = 0.0  # when it began to wait
 
-    def key_in(self, _: Pool) -> int:
+    def key_in(self, _: Pool, /) -> int:
         """Its turn, whatever the pool."""
         return self.key
 
@@ -80,7 +80,7 @@ class Account:
     )  # of a leaf: what waits, by the nodes that have its beginning
     output: Smooth = field(default_factory=_output)  # of a leaf: tokens of its answers
 
-    def key_in(self, pool: Pool) -> int:
+    def key_in(self, pool: Pool, /) -> int:
         """Where it stands among its siblings in a pool in which it has something to do."""
         return self.bases[pool] + self.measure
 
@@ -210,9 +210,9 @@ class Account:
 
     def wake(self, parent: Account) -> None:
         """It has something to do; its weight counts among its siblings from now on."""
-        if not self.awake:
-            self.awake = True
-            parent.awake_weight += self.weight
+        assert not self.awake
+        self.awake = True
+        parent.awake_weight += self.weight
 
     def sleep(self, parent: Account) -> None:
         """It has had nothing to do for a while."""

@@ -191,18 +191,19 @@ class Shares:
         """Let an arrived request wait."""
         item: Account | Place = place
         account: Account | None = place.account
+        pool = place.lane.supply.pool
         while account is not None:
             account.queued += 1
-            heap = account.lanes.get(place.lane)
+            heap: Heap[Account | Place] | None = account.lanes.get(place.lane)
             if heap is None:
-                heap = account.lanes[place.lane] = Heap(place.lane.supply.pool)
+                heap = account.lanes[place.lane] = Heap(pool)
             if item not in heap:
                 heap.add(item)
             item, account = account, account.parent
         homes = place.account.homes.setdefault(place.lane, {})
-        own = homes.get(place.homes)
+        own: Heap[Place] | None = homes.get(place.homes)
         if own is None:
-            own = homes[place.homes] = Heap(place.lane.supply.pool)
+            own = homes[place.homes] = Heap(pool)
         own.add(place)
 
     def dequeue(self, place: Place) -> None:

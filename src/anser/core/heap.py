@@ -22,7 +22,7 @@ _WALK = 4  # entries looked at for each item wanted: some are garbage, some have
 
 
 class _Keyed(Protocol):
-    def key_in(self, pool: Pool) -> int: ...
+    def key_in(self, pool: Pool, /) -> int: ...
 
 
 _T = TypeVar("_T", bound=_Keyed)
