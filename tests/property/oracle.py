@@ -170,7 +170,7 @@ class Oracle:
         nodes = self._most_free(job)
         self._lifted(job)
         self._arrive(job, nodes, rest)
-        if len(self.waiting()) > self.queued_max:
+        if job.node is None and len(self.waiting()) > self.queued_max:
             longest = self._longest(job)
             newest = max(
                 (other for other in self.waiting() if other.path == longest),
