@@ -40,12 +40,13 @@ class Watched(Scheduler):
     """The real one, each start held against the window at each level."""
 
     def _start(self, job: Job, node: NodeSlots, why: Why) -> Start:
-        pool = job.lane.supply.pool
+        pool = job.lane.pool
+        lanes = [lane for lane in self._slots.waiting_for(node) if lane.pool is pool]
         for account, parent in job.account.path:
-            least = parent.least(self._slots.waiting_for(node))
+            least = parent.least(lanes)
             if least is not None:
                 assert account.key_in(pool) <= least.key_in(pool) + self.rules.window
-        if not self._picker.is_light(job.account, job.lane.supply.slots, more=1):
+        if not self._picker.is_light(job, more=1):
             assert not self._picker.is_closed(node)
         return super()._start(job, node, why)
 
@@ -94,6 +95,7 @@ class World:
             output_tokens_max=9,
             chain=chain,
             text_bytes=256 * len(chain) + draw.randint(0, 255),
+            batch=draw.random() < 0.2,
             deadline=None if draw.random() < 0.8 else self.now + draw.random() * 100,
         )
         self.handle(Submitted(request=request))

@@ -72,9 +72,10 @@ class CheckedScheduler(Scheduler):
         return decisions
 
     def _start(self, job: Job, node: NodeSlots, why: Why) -> Start:
-        pool = job.lane.supply.pool
+        pool = job.lane.pool
+        lanes = [lane for lane in self._slots.waiting_for(node) if lane.pool is pool]
         for account, parent in job.account.path:
-            least = parent.least(self._slots.waiting_for(node))
+            least = parent.least(lanes)
             if least is not None:
                 assert account.key_in(pool) <= least.key_in(pool) + self.rules.window
         return super()._start(job, node, why)

@@ -19,7 +19,7 @@ class Pool:
         slots = Slots()
         slots.change("n", slots=1, models=["m", "k"])  # so that both are of one pool
         self.lanes: dict[str, Lane] = {name: slots.lane(name) for name in ("m", "k")}
-        self.pool = self.lanes["m"].supply.pool
+        self.pool = self.lanes["m"].pool
         self.turn = 0
 
     def wait(self, member: str, model: str = "m") -> Place:
@@ -28,7 +28,7 @@ class Pool:
         leaf = self.shares.leaf(member)
         lane = self.lanes[model]
         place = Place(id=f"r{self.turn}", account=leaf, lane=lane, key=self.turn)
-        self.shares.arrive(leaf, lane.supply.pool)
+        self.shares.arrive(leaf, lane.pool)
         self.shares.enqueue(place)
         self.shares.validate()
         return place
@@ -62,7 +62,7 @@ class Pool:
         place = self.first(*models)
         assert place is not None
         self.shares.dequeue(place)
-        self.shares.start(place.account, place.lane.supply.pool, credits)
+        self.shares.start(place.account, place.lane.pool, credits)
         self.shares.validate()
         return place.account.member
 

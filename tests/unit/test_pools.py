@@ -117,7 +117,7 @@ def test_spreading_over_models_gains_nothing() -> None:
 
 def pool_of(slots: Slots, model: str) -> int:
     """The number of the model's pool."""
-    return slots.lane(model).supply.pool.number
+    return slots.lane(model).pool.number
 
 
 def test_models_of_one_node_are_one_pool() -> None:

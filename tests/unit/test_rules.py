@@ -65,18 +65,19 @@ class Pool:
         chain: Chain = (),
         prompt: int = 100,
         deadline: float | None = None,
-        model: str = "m",
+        batch: bool = False,
     ) -> list[str]:
         """A request arrives; `chain` is all of its prompt."""
         request = Request(
             id=id,
             member=member,
-            model=model,
+            model="m",
             prompt_tokens=prompt,
             output_tokens_max=100,
             chain=chain,
             text_bytes=len(chain) * BLOCK_BYTES,
             deadline=deadline,
+            batch=batch,
         )
         return self.handle(Submitted(request=request))
 
@@ -412,3 +413,49 @@ def test_a_node_that_claims_more_than_it_keeps_is_throttled() -> None:
     pool.ask("more")
     pool.end("r0")
     assert "more" not in pool.starts
+
+
+# The batch band
+
+
+def test_batch_takes_what_others_leave() -> None:
+    """Nobody who wants an answer now waits for a batch, but for a twentieth of the service."""
+    pool = Pool(STRICT)
+    pool.node("n1", 1)
+    served = {True: 0, False: 0}
+    running = "r0"
+    pool.ask(running, "now")
+    for number in range(1, 400):
+        pool.ask(f"r{number}", "now")
+        pool.ask(f"b{number}", "batch", batch=True)
+        (started,) = pool.end(running)
+        running = started.split()[0]
+        served[running.startswith("b")] += 1
+    assert 0.03 <= served[True] / 399 <= 0.08
+
+
+def test_batch_has_all_while_nobody_else_waits() -> None:
+    """Idle slots are not kept from it."""
+    pool = Pool()
+    pool.node("n1", 2)
+    assert pool.ask("b1", batch=True) == ["b1 n1"]
+    assert pool.ask("b2", batch=True) == ["b2 n1"]
+    pool.ask("b3", batch=True)
+    assert pool.end("b1") == ["b3 n1"]
+
+
+def test_who_waits_with_batches_holds_no_newcomer_back() -> None:
+    """Members are compared within their band: a batch that waits for ever pins no level."""
+    pool = Pool(replace(STRICT, batch_share=0.0))
+    pool.node("n1", 1)
+    pool.ask("r0", "a")
+    pool.ask("b0", "patient", batch=True)
+    running, served = "r0", {"a": 0, "b": 0}
+    for number in range(1, 200):
+        pool.ask(f"a{number}", "a")
+        if number >= 100:
+            pool.ask(f"b-{number}", "b")
+        (started,) = pool.end(running)
+        running = started.split()[0]
+        served[running[0]] += number >= 100
+    assert abs(served["a"] - served["b"]) <= 4

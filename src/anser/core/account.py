@@ -96,7 +96,7 @@ class Account:
             item = heap.least() if heap else None
             if item is None:
                 continue
-            key = item.key_in(lane.supply.pool)
+            key = item.key_in(lane.pool)
             if found is None or key < least:
                 found, least = item, key
         return found
@@ -109,7 +109,7 @@ class Account:
         least = self.least(lanes)
         if least is None or most == 1:
             return [] if least is None else [_account(least)]
-        pool = lanes[0].supply.pool
+        pool = lanes[0].pool
         limit = least.key_in(pool) + window
         found: dict[Account | Place, None] = {least: None}
         for lane in lanes:
@@ -154,11 +154,11 @@ class Account:
 
     def waits_in(self, pool: Pool) -> bool:
         """Whether anything at or below it waits for a slot of this pool."""
-        return any(lane.supply.pool is pool for lane in self.lanes)
+        return any(lane.pool is pool for lane in self.lanes)
 
     def level(self, pool: Pool) -> int:
         """The key to which a child is lifted that begins to wait in this pool."""
-        least = self.least([lane for lane in self.lanes if lane.supply.pool is pool])
+        least = self.least([lane for lane in self.lanes if lane.pool is pool])
         if least is not None:
             return least.key_in(pool)
         virtual = self.virtual.get(pool)

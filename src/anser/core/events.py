@@ -41,6 +41,7 @@ class Request:
     factor_milli: int = 1_000  # the model's price factor, in thousandths
     chain: Chain = ()  # its prompt's blocks, for `prefix`
     text_bytes: int = 0  # of the text that the chain was made of
+    batch: bool = False  # it takes what nobody else wants
     deadline: float | None = None  # monotonic seconds: the first token is of no use after it
 
     def __post_init__(self) -> None:

@@ -191,7 +191,7 @@ class Shares:
         """Let an arrived request wait."""
         item: Account | Place = place
         account: Account | None = place.account
-        pool = place.lane.supply.pool
+        pool = place.lane.pool
         while account is not None:
             account.queued += 1
             heap: Heap[Account | Place] | None = account.lanes.get(place.lane)
@@ -401,7 +401,7 @@ def _join(parent: Account, former: tuple[Pool, ...], pool: Pool) -> None:
         if not child.awake:
             parent.idle.setdefault(pool, Heap(pool)).add(child)
     for lane, heap in parent.lanes.items():
-        if lane.supply.pool is pool:
+        if lane.pool is pool:
             heap.move(pool)
 
 
@@ -431,7 +431,7 @@ def _validate(account: Account) -> None:
     assert account.measure == account.carried + account.paid * _WEIGHT // account.weight
     assert account.bases.keys() == account.ceilings.keys() or account.parent is None
     if account.parent is not None:
-        assert {lane.supply.pool for lane in account.lanes} <= account.bases.keys()
+        assert {lane.pool for lane in account.lanes} <= account.bases.keys()
     assert account.queued >= 0
     assert account.running >= 0
     if _is_leaf(account):

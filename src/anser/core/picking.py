@@ -11,6 +11,8 @@ read for members that are not light, only light ones may have it, and it stays e
 *A request arrives* (`place`). Of the free slots, it gets the one where it is likely to end first:
 what the node has to read, what of the request's own prompt is fresh there, and how fast it writes.
 
+*Batch* requests get what the others leave, and a twentieth of all service in any case (`bands`).
+
 *Hold* is ski rental: a request waits for its home at most as long as its cached beginning would
 save (so it never loses more than twice what the best choice in hindsight would have cost), and only
 if the home is expected to have a slot by then.
@@ -25,6 +27,7 @@ from dataclasses import dataclass, field
 from itertools import islice
 
 from anser.core.account import Account
+from anser.core.bands import Bands
 from anser.core.events import Rule, Why
 from anser.core.fairness import Shares
 from anser.core.job import Job
@@ -43,12 +46,16 @@ class Picker:
     rules: Rules
     shares: Shares
     slots: Slots
+    bands: Bands = field(default_factory=Bands)
     _held: list[tuple[float, int, Job]] = field(default_factory=list[tuple[float, int, Job]])
 
-    def is_light(self, leaf: Account, slots: int, *, more: int = 0) -> bool:
-        """Whether what the leaf has in flight is within its share of so many slots."""
+    def is_light(self, job: Job, *, more: int = 0) -> bool:
+        """Whether what its member has in flight is within its share of the slots for its model."""
+        if job.lane.batch:
+            return False
+        leaf = job.account
         in_flight = leaf.queued + leaf.running + more
-        return in_flight <= 1 or in_flight <= self.shares.share(leaf) * slots
+        return in_flight <= 1 or in_flight <= self.shares.share(leaf) * job.lane.supply.slots
 
     def is_closed(self, node: NodeSlots) -> bool:
         """Whether only light members may have a slot of this node now."""
@@ -64,8 +71,15 @@ class Picker:
     def next(self, node: NodeSlots, now: float) -> tuple[Job, Why] | None:
         """Who gets a free slot of `node`, and why; None leaves it empty."""
         lanes = self.slots.waiting_for(node)
-        if not lanes:
-            return None
+        batch = [lane for lane in lanes if lane.batch]
+        if not batch:
+            return self._next(node, lanes, now)
+        others = [lane for lane in lanes if not lane.batch]
+        if self.bands.batch_share(now) < self.rules.batch_share:
+            return self._next(node, batch, now) or self._next(node, others, now)
+        return self._next(node, others, now) or self._next(node, batch, now)
+
+    def _next(self, node: NodeSlots, lanes: list[Lane], now: float) -> tuple[Job, Why] | None:
         closed, best, gain_most, first, rivals = self.is_closed(node), None, 0, None, 0
         rules = self.rules
         for leaf in self.shares.window(lanes, window=rules.window, most=rules.candidates):
@@ -73,7 +87,7 @@ class Picker:
             assert isinstance(place, Job)
             first = leaf if first is None else first
             rivals += 1
-            if rules.light_first and self.is_light(leaf, place.lane.supply.slots):
+            if rules.light_first and self.is_light(place):
                 if not self._holds(place, node, now):
                     return place, self._why(Rule.LIGHT, place, first, gain, rivals)
             elif not closed and (best is None or gain > gain_most):
@@ -132,7 +146,7 @@ class Picker:
 
     @staticmethod
     def _why(rule: Rule, job: Job, first: Account, gain: int, rivals: int) -> Why:
-        pool = job.lane.supply.pool
+        pool = job.lane.pool
         return Why(
             rule=rule,
             key=job.account.key_in(pool),

@@ -214,14 +214,14 @@ class Scheduler:
         job = Job(
             id=request.id,
             account=self._shares.leaf(request.member),
-            lane=self._slots.lane(request.model),
+            lane=self._slots.lane(request.model, batch=request.batch),
             key=self._turn,
             request=request,
         )
         if request.chain:
             match = self._index.match(request.chain)
             job.homes, job.hit = match.nodes, job.tokens_of(match.blocks)
-        self._shares.arrive(job.account, job.lane.supply.pool)
+        self._shares.arrive(job.account, job.lane.pool)
         node = self._free_node(job, more=1)
         deadline = request.deadline
         if node is None and deadline is not None and self._now + self._wait_s(request) > deadline:
@@ -234,7 +234,7 @@ class Scheduler:
         """It does not wait in its lane: a pool that was of it alone ends."""
         supply = job.lane.supply
         if not supply.nodes and not supply.lanes:
-            self._shares.leave(job.account, supply.pool)
+            self._shares.leave(job.account, job.lane.pool)
         self._shares.retire(job.account, self._now)
 
     def _wait_s(self, request: Request) -> float:
@@ -332,16 +332,17 @@ class Scheduler:
         self._stop(job, node)
         if job.key > 0:
             job.key -= _FRONT
-        job.lane = self._slots.lane(job.request.model, job.lane.excluded | {node.id})
+        excluded = job.lane.excluded | {node.id}
+        job.lane = self._slots.lane(job.request.model, excluded, batch=job.lane.batch)
         # The slot is given back only then: whoever waits for it goes by its key, not by luck.
-        self._shares.arrive(job.account, job.lane.supply.pool)
+        self._shares.arrive(job.account, job.lane.pool)
         decisions = self._wait_or_start(job, self._free_node(job, more=1))
         self._slots.give_back(node)
         return decisions + self._fill(node)
 
     def _free_node(self, job: Job, *, more: int) -> NodeSlots | None:
         """The free slot that is for `job` now; `more` for what is not counted yet of it."""
-        light = self._picker.is_light(job.account, job.lane.supply.slots, more=more)
+        light = self._picker.is_light(job, more=more)
         return self._picker.place(job, self._now, light=light)
 
     def _wait_or_start(self, job: Job, node: NodeSlots | None) -> list[Decision]:
@@ -394,7 +395,7 @@ class Scheduler:
 
     def _start(self, job: Job, node: NodeSlots, why: Why) -> Start:
         request = job.request
-        light = self._picker.is_light(job.account, job.lane.supply.slots, more=1)
+        light = self._picker.is_light(job, more=1)
         self._slots.take(node)
         job.node, job.started_at, job.first_at = node, self._now, None
         job.attempt += 1
@@ -407,7 +408,8 @@ class Scheduler:
         node.reading += job.reading
         node.reading_heavy += job.reading if job.heavy else 0
         job.charged = price(fresh=job.reading, cached=job.cached, factor_milli=job.factor_milli)
-        self._shares.start(job.account, job.lane.supply.pool, job.charged, self._now)
+        self._picker.bands.pay(job.charged, self._now, batch=job.lane.batch)
+        self._shares.start(job.account, job.lane.pool, job.charged, self._now)
         lease = Lease(
             id=job.lease,
             request=job.id,
@@ -420,7 +422,8 @@ class Scheduler:
 
     def _charge(self, job: Job, micro_credits: int) -> None:
         job.charged += micro_credits
-        self._shares.charge(job.account, job.lane.supply.pool, micro_credits)
+        self._picker.bands.pay(micro_credits, self._now, batch=job.lane.batch)
+        self._shares.charge(job.account, job.lane.pool, micro_credits)
 
     def _settle(self, job: Job, usage: Usage) -> None:
         self._charge(job, job.price(usage) - job.charged)

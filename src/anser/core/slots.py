@@ -61,11 +61,20 @@ class NodeSlots:
 
 @dataclass(slots=True, eq=False, repr=False)
 class Lane:
-    """Waiting requests that may run on the same nodes: a model, less the nodes they failed on."""
+    """Waiting requests that may run on the same nodes: a model, less the nodes they failed on.
+
+    Those of the batch band wait apart.
+    """
 
     supply: Supply
     excluded: frozenset[str] = _NO_NODES
+    batch: bool = False
     waiting: int = 0
+
+    @property
+    def pool(self) -> Pool:
+        """Where its requests' members are compared."""
+        return self.supply.pool.batch if self.batch else self.supply.pool
 
     def open_to(self, node: NodeSlots) -> bool:
         """Whether a request of this lane may run on `node`, which serves its model."""
@@ -84,7 +93,9 @@ class Supply:
     model: str
     pool: Pool
     nodes: dict[str, NodeSlots] = field(default_factory=dict[str, NodeSlots])
-    lanes: dict[frozenset[str], Lane] = field(default_factory=dict[frozenset[str], Lane])
+    lanes: dict[tuple[frozenset[str], bool], Lane] = field(
+        default_factory=dict[tuple[frozenset[str], bool], Lane]
+    )
     slots: int = 0  # of all its nodes
     levels: dict[int, dict[NodeSlots, None]] = field(
         default_factory=dict[int, dict[NodeSlots, None]]
@@ -113,6 +124,14 @@ class Moved:
     former: tuple[Pool, ...]
     pool: Pool | None
     ended: frozenset[Pool]  # of the former, those without models from now on
+
+    def of_batch(self) -> Moved:
+        """The same of their batch bands."""
+        return Moved(
+            former=tuple(pool.batch for pool in self.former),
+            pool=None if self.pool is None else self.pool.batch,
+            ended=frozenset(pool.batch for pool in self.ended),
+        )
 
 
 class Slots:
@@ -173,15 +192,17 @@ class Slots:
         node.taken -= 1
         self._settle(node)
 
-    def lane(self, model: str, excluded: frozenset[str] = _NO_NODES) -> Lane:
+    def lane(
+        self, model: str, excluded: frozenset[str] = _NO_NODES, *, batch: bool = False
+    ) -> Lane:
         """The lane of requests for `model` that have failed on the nodes `excluded`."""
         supply = self._supplies.get(model) or Supply(model, self._pool())
-        return supply.lanes.get(excluded) or Lane(supply, excluded)
+        return supply.lanes.get((excluded, batch)) or Lane(supply, excluded, batch)
 
     def wait(self, lane: Lane) -> None:
         """One more request waits in `lane`, as `lane()` has just returned it."""
         self._supplies[lane.supply.model] = lane.supply
-        lane.supply.lanes[lane.excluded] = lane
+        lane.supply.lanes[lane.excluded, lane.batch] = lane
         lane.waiting += 1
 
     def leave(self, lane: Lane) -> None:
@@ -189,7 +210,7 @@ class Slots:
         assert lane.waiting > 0
         lane.waiting -= 1
         if not lane.waiting:
-            del lane.supply.lanes[lane.excluded]
+            del lane.supply.lanes[lane.excluded, lane.batch]
             self._forget_supply(lane.supply)
 
     def freest(self, lane: Lane) -> Iterator[NodeSlots]:
@@ -327,7 +348,8 @@ class Slots:
     def _retire(self, *pools: Pool, former: tuple[Pool, ...], pool: Pool | None) -> None:
         ended = frozenset(old for old in pools if not self._size(old))
         if pool is not None or ended:
-            self._moved.append(Moved(former=former, pool=pool, ended=ended))
+            moved = Moved(former=former, pool=pool, ended=ended)
+            self._moved += [moved, moved.of_batch()]
 
 
 def _group(supply: Supply) -> set[Supply]:
@@ -348,7 +370,8 @@ def _level(node: NodeSlots) -> int:
 
 def _validate_supply(supply: Supply) -> None:
     assert supply.slots == sum(node.slots for node in supply.nodes.values())
-    for excluded, lane in supply.lanes.items():
+    for (excluded, batch), lane in supply.lanes.items():
+        assert lane.batch is batch
         assert lane.waiting > 0
         assert lane.supply is supply
         assert lane.excluded == excluded

@@ -20,12 +20,17 @@ _HORIZON_S = 60.0
 
 
 class Pool:
-    """Models that compete for the same slots, directly or by way of others. It is an identity."""
+    """Models that compete for the same slots, directly or by way of others. It is an identity.
 
-    __slots__ = ("number",)
+    Batch requests have keys of their own, in the pool's `batch`: what waits there, served only when
+    there is nothing better to do, says nothing of where a newcomer should stand.
+    """
 
-    def __init__(self, number: int) -> None:
+    __slots__ = ("batch", "number")
+
+    def __init__(self, number: int, *, batch: bool = False) -> None:
         self.number = number
+        self.batch = self if batch else Pool(number, batch=True)
 
     def __repr__(self) -> str:
         return f"<Pool {self.number}>"
