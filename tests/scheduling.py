@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from anser.core.ledger import Usage
-from anser.core.scheduler import (
+from anser.core.events import (
     Decision,
     Event,
     Failed,
     Finished,
     NodeChanged,
     Request,
-    Scheduler,
     Start,
     Submitted,
 )
+from anser.core.ledger import Usage
+from anser.core.rules import STRICT
+from anser.core.scheduler import Scheduler
 
 __all__ = ["CREDIT", "Pool", "leases", "request"]
 
@@ -24,7 +25,7 @@ class Pool:
     """A scheduler whose invariants are checked after each event, and short words for events."""
 
     def __init__(self, *, queued_max: int = 100, retries_max: int = 3) -> None:
-        self.scheduler = Scheduler(queued_max, retries_max)
+        self.scheduler = Scheduler(queued_max, retries_max, STRICT)
 
     def tell(self, *events: Event) -> list[Decision]:
         """What these events give, in turn."""

@@ -23,10 +23,10 @@ from anser.core.errors import (
     NotFound,
     Overloaded,
 )
+from anser.core.events import NodeChanged, NodeGone
 from anser.core.fleet import EngineKind, EngineReport, Node, ServedModel
 from anser.core.health import NodeState
 from anser.core.limits import NODES_MAX
-from anser.core.scheduler import NodeChanged, NodeGone
 from anser.ports import Engine
 from anser.services.fleet import Fleet
 from tests.hostile import Hostile, Talk, answer

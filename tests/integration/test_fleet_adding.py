@@ -15,10 +15,10 @@ from anser.core.errors import (
     InvalidField,
     StoreFull,
 )
+from anser.core.events import NodeChanged
 from anser.core.fleet import EngineKind, Node
 from anser.core.health import NodeState
 from anser.core.limits import NODE_MODELS_MAX
-from anser.core.scheduler import NodeChanged
 from anser.services.entry import NodeStatus
 from anser.services.fleet import Fleet
 from tests.hostile import Hostile, Talk, answer

@@ -11,10 +11,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from fractions import Fraction
 
-from anser.core.fairness import Account
-from anser.core.ledger import Usage
-from anser.core.members import ancestry
-from anser.core.scheduler import (
+from anser.core.account import Account
+from anser.core.events import (
     Abort,
     Cancelled,
     Decision,
@@ -26,11 +24,15 @@ from anser.core.scheduler import (
     Progressed,
     Refused,
     Request,
-    Scheduler,
     Start,
     Submitted,
     Weighed,
 )
+from anser.core.ledger import Usage
+from anser.core.members import ancestry
+from anser.core.scheduler import Scheduler
+from anser.core.virtual import Virtual
+from tests.property.pools import Cell, Moved, Pools
 
 __all__ = ["Job", "Oracle", "Path"]
 
@@ -43,6 +45,7 @@ class Job:
 
     request: Request
     turn: int
+    cell: Cell
     retried: bool = False
     attempt: int = 0
     node: str | None = None
@@ -64,17 +67,31 @@ class Job:
 
 @dataclass
 class Books:
-    """One account: `paid` at the present weight counts on top of `base`."""
+    """One account. In each pool its key is what it was served, per share, and where it came in."""
 
     weight: int
-    base: int = 0
+    carried: int = 0
     paid: int = 0
     service: int = 0
+    bases: dict[int, int] = field(default_factory=dict)
+    ceilings: dict[int, int] = field(default_factory=dict)
 
     @property
-    def key(self) -> int:
+    def measure(self) -> int:
         """Micro-credits per share."""
-        return self.base + self.paid * 1_000 // self.weight
+        return self.carried + self.paid * 1_000 // self.weight
+
+    def key(self, pool: int) -> int:
+        """Its key in a pool."""
+        return self.bases[pool] + self.measure
+
+    def lift(self, pool: int, level: int) -> None:
+        """Its key is at least this from now on."""
+        self.bases[pool] = max(self.bases.get(pool, level - self.measure), level - self.measure)
+
+    def leave(self, pool: int) -> None:
+        """It has no key there."""
+        del self.bases[pool], self.ceilings[pool]
 
 
 class Oracle:
@@ -86,15 +103,18 @@ class Oracle:
         self.models: dict[str, frozenset[str]] = {}
         self.jobs: dict[str, Job] = {}
         self.books: dict[Path, Books] = {}
-        self.virtual: dict[Path, int] = {}
+        self.virtual: dict[tuple[Path, int], Virtual] = {}
+        self.pools = Pools()
+        self.now = 0.0
         self.weights: dict[str, int] = {}
         self.service = 0
         self.turns = 0
         self.dropped = 0
 
-    def check(self, event: Event, decisions: list[Decision]) -> None:
+    def check(self, event: Event, decisions: list[Decision], now: float) -> None:
         """Assert that the rules allow these decisions after this event."""
         rest = iter(decisions)
+        self.now = now
         match event:
             case Submitted():
                 self._submitted(event.request, rest)
@@ -108,7 +128,9 @@ class Oracle:
                 self.slots[event.node], self.models[event.node] = 0, frozenset()
             case Weighed():
                 self._weighed(event.member, event.weight)
+        self._regroup()
         self._filled(rest)
+        self._regroup()
 
     def compare(self, scheduler: Scheduler) -> None:
         """Assert that the real books are these; what it has forgotten is forgotten here too."""
@@ -117,12 +139,25 @@ class Oracle:
         assert real.keys() == self.books.keys()
         for path, account in real.items():
             books = self.books[path]
-            assert account.key == books.key
+            assert account.measure == books.measure
+            self._compare_keys(scheduler, path)
             assert account.weight == books.weight
             assert account.service == books.service
             assert account.queued == self.queued(path)
         assert scheduler.service == self.service
         assert scheduler.dropped == self.dropped
+
+    def _compare_keys(self, scheduler: Scheduler, path: Path) -> None:
+        """Assert that the keys in all pools are these; where it is not ahead, none is needed."""
+        account, books = dict(_accounts(scheduler))[path], self.books[path]
+        supplies = scheduler._slots._supplies.items()
+        names = {supply.pool: self.pools.cells[model].pool for model, supply in supplies}
+        real = {names[pool]: account.key_in(pool) for pool in account.bases}
+        for pool in books.bases.keys() - real.keys():
+            assert not self.waits(path, pool)
+            assert books.key(pool) <= self.level(path[:-1], pool)
+            books.leave(pool)
+        assert real == {pool: books.key(pool) for pool in books.bases}
 
     # Events
 
@@ -131,12 +166,31 @@ class Oracle:
             self.dropped += 1
             return
         self.turns += 1
-        job = Job(request, self.turns)
+        job = Job(request, self.turns, self.pools.cell(request.model))
         nodes = self._most_free(job)
-        if not nodes and len(self.waiting()) >= self.queued_max:
-            assert next(rest) == Refused(request=request.id, code="overloaded")
-            return
+        self._lifted(job)
         self._arrive(job, nodes, rest)
+        if job.node is None and len(self.waiting()) > self.queued_max:
+            longest = self._longest(job)
+            newest = max(
+                (other for other in self.waiting() if other.path == longest),
+                key=lambda other: (not other.retried, other.turn),
+            )
+            _assert_refused(next(rest), newest.request.id, "overloaded")
+            del self.jobs[newest.request.id]
+
+    def _longest(self, job: Job) -> Path:
+        """Who has most waiting, level by level, for its weight; between equals who comes."""
+        path: Path = ()
+        while children := [child for child in self.books if child[:-1] == path]:
+            path = max(
+                children,
+                key=lambda child: (
+                    self.queued(child) / self.books[child].weight,
+                    job.path[: len(child)] == child,
+                ),
+            )
+        return path
 
     def _cancelled(self, request: str, rest: Iterator[Decision]) -> None:
         job = self.jobs.get(request)
@@ -165,8 +219,7 @@ class Oracle:
                     del self.jobs[job.request.id]
                 elif job.attempt >= self.retries_max:
                     del self.jobs[job.request.id]
-                    refused = Refused(request=job.request.id, code="retries_exhausted")
-                    assert next(rest) == refused
+                    _assert_refused(next(rest), job.request.id, "retries_exhausted")
                 else:
                     self._retried(job, rest)
 
@@ -176,13 +229,14 @@ class Oracle:
         job.retried = True
         nodes = self._most_free(job)  # its own slot is not given back yet
         del self.jobs[job.request.id]
-        job.node = None
+        job.node, job.cell = None, self.pools.cell(job.request.model)
+        self._lifted(job)
         self._arrive(job, nodes, rest)
 
     def _weighed(self, member: str, weight: int) -> None:
         self.weights[member] = weight
         if books := self.books.get(ancestry(member)):
-            books.base, books.paid, books.weight = books.key, 0, weight
+            books.carried, books.paid, books.weight = books.measure, 0, weight
 
     # What the rules say
 
@@ -204,12 +258,18 @@ class Oracle:
         serving = {n for n, slots in self.slots.items() if slots and self._serves(n, job)}
         return node in serving and (node not in job.excluded or serving <= job.excluded)
 
-    def level(self, parent: Path) -> int:
-        """Rule 5: the least key of the children that wait, else the parent's virtual time."""
+    def level(self, parent: Path, pool: int) -> int:
+        """Rule 5: the least key of the children that wait, else the pool's virtual time."""
         depth = len(parent)
-        paths = {job.path[: depth + 1] for job in self.waiting() if job.path[:depth] == parent}
-        keys = (self.books[path].key for path in paths)
-        return min(keys, default=self.virtual.get(parent, 0))
+        waiting = [job for job in self.waiting() if job.cell.pool == pool]
+        paths = {job.path[: depth + 1] for job in waiting if job.path[:depth] == parent}
+        keys = (self.books[path].key(pool) for path in paths)
+        return min(keys, default=self._virtual(parent, pool).now)
+
+    def waits(self, path: Path, pool: int) -> bool:
+        """Whether anything at or below this account waits for a slot of this pool."""
+        jobs = (job for job in self.waiting() if job.cell.pool == pool)
+        return any(job.path[: len(path)] == path for job in jobs)
 
     def queued(self, path: Path) -> int:
         """Requests at and below this account that wait."""
@@ -223,9 +283,12 @@ class Oracle:
         # Only what is idle, and not ahead of the others: alone, or as part of such a one.
         for path in sorted(paths, key=len, reverse=True):
             assert not self.active(path)
-            assert path[:-1] in paths or self.books[path].key <= self.level(path[:-1])
+            books = self.books[path]
+            ahead = [p for p in books.bases if books.key(p) > self.level(path[:-1], p)]
+            assert path[:-1] in paths or not ahead
             del self.books[path]
-            self.virtual.pop(path, None)
+            for known in [known for known in self.virtual if known[0] == path]:
+                del self.virtual[known]
 
     def _serves(self, node: str, job: Job) -> bool:
         return job.request.model in self.models[node]
@@ -239,17 +302,52 @@ class Oracle:
         return [node for node in share if share[node] == max(share.values())]
 
     def _arrive(self, job: Job, nodes: list[str], rest: Iterator[Decision]) -> None:
-        for depth in range(1, len(job.path) + 1):
-            path = job.path[:depth]
-            books = self._open(path)
-            if not self.queued(path):
-                books.base += max(0, self.level(path[:-1]) - books.key)
         self.jobs[job.request.id] = job
         if nodes:
             decision = next(rest)
             assert isinstance(decision, Start)
             assert decision.lease.node in nodes
             self._start(job, decision)
+
+    def _lifted(self, job: Job) -> None:
+        for depth in range(1, len(job.path) + 1):
+            path = job.path[:depth]
+            books = self._open(path)
+            if not self.waits(path, job.cell.pool):
+                self._lift(books, path[:-1], job.cell.pool)
+
+    def _lift(self, books: Books, parent: Path, pool: int) -> None:
+        books.lift(pool, self.level(parent, pool))
+        books.ceilings[pool] = max(books.key(pool), self._virtual(parent, pool).reach)
+
+    def _virtual(self, parent: Path, pool: int) -> Virtual:
+        return self.virtual.get((parent, pool)) or Virtual()
+
+    def _regroup(self) -> None:
+        """Rule 12: keys are of a pool; where pools become one, each is as far ahead as it was."""
+        waiting = {job.request.model for job in self.waiting()}
+        serving = [models for node, models in self.models.items() if self.slots[node]]
+        for moved in self.pools.regroup(waiting, serving):
+            for parent in ((), *self.books):
+                self._join(parent, moved)
+        for path, pool in [known for known in self.virtual if known[1] not in self.pools.alive()]:
+            del self.virtual[path, pool]
+        for books in self.books.values():
+            for pool in books.bases.keys() - self.pools.alive():
+                books.leave(pool)
+
+    def _join(self, parent: Path, moved: Moved) -> None:
+        virtuals = {old: self._virtual(parent, old) for old in moved.former}
+        joint = self.virtual[parent, moved.pool] = Virtual.joint(virtuals.values())
+        for path, books in self.books.items():
+            shifts = {
+                old: joint.now - virtuals[old].now for old in moved.former if old in books.bases
+            }
+            if path[:-1] == parent and shifts:
+                keys = [books.key(old) + shift for old, shift in shifts.items()]
+                ceilings = [books.ceilings[old] + shift for old, shift in shifts.items()]
+                books.bases[moved.pool] = max(keys) - books.measure
+                books.ceilings[moved.pool] = max(ceilings)
 
     def _open(self, path: Path) -> Books:
         weight = self.weights.get(path[-1], 1_000)
@@ -273,8 +371,9 @@ class Oracle:
             siblings = [
                 other for other in eligible if other.path[: depth - 1] == job.path[: depth - 1]
             ]
-            least = min(self.books[other.path[:depth]].key for other in siblings)
-            assert self.books[job.path[:depth]].key == least
+            pool = job.cell.pool
+            least = min(self.books[other.path[:depth]].key(pool) for other in siblings)
+            assert self.books[job.path[:depth]].key(pool) == least
         own = [other for other in eligible if other.path == job.path]
         assert job is min(own, key=lambda other: (not other.retried, other.turn))
 
@@ -288,16 +387,29 @@ class Oracle:
         assert decision.lease.model == job.request.model
         self._charge(job, price(Usage(prompt_tokens=job.request.prompt_tokens), job))
         for depth in range(1, len(job.path) + 1):
-            parent, key = job.path[: depth - 1], self.books[job.path[:depth]].key
-            self.virtual[parent] = max(self.virtual.get(parent, 0), key)
+            books, pool = self.books[job.path[:depth]], job.cell.pool
+            virtual = self.virtual.setdefault((job.path[: depth - 1], pool), Virtual())
+            virtual.advance(books.key(pool), self.now)
+            books.ceilings[pool] = max(books.key(pool), virtual.reach)
 
     def _charge(self, job: Job, amount: int) -> None:
         job.charged += amount
         self.service += amount
         for depth in range(1, len(job.path) + 1):
             books = self.books[job.path[:depth]]
+            keys = {pool: books.key(pool) for pool in books.bases}
             books.paid += amount
             books.service += amount
+            for pool in keys.keys() - {job.cell.pool}:
+                # What other pools do moves a key only as long as it is below its ceiling.
+                ceiling = books.ceilings[pool]
+                key = keys[pool] if keys[pool] >= ceiling else min(books.key(pool), ceiling)
+                books.bases[pool] = key - books.measure
+
+
+def _assert_refused(decision: Decision, request: str, code: str) -> None:
+    assert isinstance(decision, Refused)
+    assert (decision.request, decision.code) == (request, code)
 
 
 def price(usage: Usage, job: Job) -> int:

@@ -9,10 +9,7 @@ from dataclasses import dataclass, field
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from anser.core.fairness import price
-from anser.core.ledger import Usage
-from anser.core.members import ancestry
-from anser.core.scheduler import (
+from anser.core.events import (
     Decision,
     Event,
     Failed,
@@ -20,11 +17,15 @@ from anser.core.scheduler import (
     NodeChanged,
     Progressed,
     Request,
-    Scheduler,
     Start,
     Submitted,
     Weighed,
 )
+from anser.core.fairness import price
+from anser.core.ledger import Usage
+from anser.core.members import ancestry
+from anser.core.rules import STRICT
+from anser.core.scheduler import Scheduler
 
 WEIGHTS = (1_000, 2_000, 4_000)
 
@@ -73,7 +74,7 @@ class World:
     loss: float  # of a lease
     pause: float  # of a member, per step
     surprise: float  # the largest part of a prompt that turns out to be cached
-    scheduler: Scheduler = field(default_factory=lambda: Scheduler(10_000, 1_000))
+    scheduler: Scheduler = field(default_factory=lambda: Scheduler(10_000, 1_000, STRICT))
     now: float = 0.0
     requests: int = 0
     members: dict[str, tuple[int, int]] = field(default_factory=dict)  # prompt, output at most

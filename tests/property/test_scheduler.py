@@ -8,8 +8,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from anser.core.ledger import Usage
-from anser.core.scheduler import (
+from anser.core.events import (
     Cancelled,
     Decision,
     Event,
@@ -20,11 +19,13 @@ from anser.core.scheduler import (
     Progressed,
     Refused,
     Request,
-    Scheduler,
     Start,
     Submitted,
     Weighed,
 )
+from anser.core.ledger import Usage
+from anser.core.rules import STRICT
+from anser.core.scheduler import Scheduler
 from tests.property.oracle import Oracle
 
 MEMBERS = (
@@ -60,7 +61,7 @@ class Pool(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.scheduler = Scheduler(queued_max=12, retries_max=3)
+        self.scheduler = Scheduler(12, 3, STRICT)
         self.oracle = Oracle(queued_max=12, retries_max=3)
         self.now = 0.0
         self.submitted: set[str] = set()
@@ -72,7 +73,7 @@ class Pool(RuleBasedStateMachine):
         self.now += 0.1
         before = set(self.oracle.jobs)
         decisions = self.scheduler.handle(event, self.now)
-        self.oracle.check(event, decisions)
+        self.oracle.check(event, decisions, self.now)
         self.ends.update(before - set(self.oracle.jobs))
         refused = [d.request for d in decisions if isinstance(d, Refused)]
         self.ends.update(id for id in refused if id not in before)

@@ -41,6 +41,8 @@ class Client:
     left: bool = False
     error: AnserError | None = None
     pieces: int = 0
+    out_of_tries: bool = False  # the scheduler has sent it away: all its nodes failed
+    pushed_out: bool = False  # or the queue was full, and others had less in it
 
     @property
     def demand(self) -> Demand:
@@ -125,15 +127,18 @@ class Client:
             self.text += text
             self.tokens += bool(text)
 
-    def check(self, receipts: list[Receipt], expected: str, *, out_of_tries: bool) -> None:
+    def check(self, receipts: list[Receipt], expected: str) -> None:
         """Assert that what it saw and what the ledger says are one story."""
         assert self.finishes <= 1, "two ends"
         assert expected.startswith(self.text), "not the words of the engine"
         if self.error is None and not self.left:
             assert self.finishes, "neither an end nor an error"
-        if out_of_tries and not self.left:
+        if self.out_of_tries and not self.left:
             assert isinstance(self.error, EngineError), "no word of its nodes"
-        if not self.asked or isinstance(self.error, _REFUSED):
+        if self.pushed_out and not self.left:
+            assert isinstance(self.error, Overloaded), "no word of the full queue"
+        refused = isinstance(self.error, _REFUSED) and not self.pushed_out
+        if not self.asked or refused:
             assert receipts == [], "a receipt of what was never admitted"
         elif isinstance(self.error, NoNode):  # at the door, or while it waited
             assert len(receipts) <= 1, "two receipts"

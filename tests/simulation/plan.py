@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from anser.adapters.memory_engine import Fault, FaultKind, Pace
 from anser.config import GatewaySettings, MemberSettings
+from anser.core.rules import DESIGN, STRICT, Rules
 from anser.ports import Route
 
 __all__ = ["Act", "Behaviour", "ClientPlan", "MachinePlan", "Mishap", "Plan", "draw_plan"]
@@ -97,6 +98,7 @@ class Plan:
     member_settings: MemberSettings
     weights: dict[str, int]
     queued_max: int
+    rules: Rules
 
 
 def draw_plan(seed: int) -> Plan:
@@ -125,6 +127,7 @@ def draw_plan(seed: int) -> Plan:
         ),
         weights={member: draw.choice((1_000, 2_000, 4_000)) for member in _named()},
         queued_max=draw.choice((5, 1_000)),
+        rules=draw.choice((STRICT, DESIGN)),
     )
 
 

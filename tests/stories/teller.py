@@ -30,8 +30,7 @@ from collections import Counter
 from collections.abc import Callable
 from fractions import Fraction
 
-from anser.core.ledger import Usage
-from anser.core.scheduler import (
+from anser.core.events import (
     Abort,
     Cancelled,
     Decision,
@@ -43,11 +42,13 @@ from anser.core.scheduler import (
     Progressed,
     Refused,
     Request,
-    Scheduler,
     Start,
     Submitted,
     Weighed,
 )
+from anser.core.ledger import Usage
+from anser.core.rules import STRICT
+from anser.core.scheduler import Scheduler
 
 __all__ = ["retell"]
 
@@ -67,7 +68,7 @@ def retell(text: str) -> str:
 
 class _Teller:
     def __init__(self) -> None:
-        self._scheduler = Scheduler(queued_max=1_000, retries_max=3)
+        self._scheduler = Scheduler(1_000, 3, STRICT)
         self._now = 0.0
         self._running: dict[str, Start] = {}
         self._loads = 0
@@ -101,7 +102,7 @@ class _Teller:
 
     def _begin(self, _: list[str], options: _Options) -> list[str]:
         limits = {"queued_max": 1_000, "retries_max": 3} | {k: int(v) for k, v in options.items()}
-        self._scheduler = Scheduler(**limits)
+        self._scheduler = Scheduler(**limits, rules=STRICT)
         return []
 
     def _node(self, names: list[str], options: _Options) -> list[str]:

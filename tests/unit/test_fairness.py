@@ -2,21 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import pytest
 
-from anser.core.fairness import Heap, Place, Shares, price
+from anser.core.account import Place
+from anser.core.fairness import Shares, price
 from anser.core.slots import Lane, Slots
 
 MILLION = 1_000_000  # micro-credits
-
-
-@dataclass(eq=False)
-class Item:
-    """Something with a key."""
-
-    key: int
 
 
 class Pool:
@@ -25,7 +17,9 @@ class Pool:
     def __init__(self) -> None:
         self.shares = Shares()
         slots = Slots()
+        slots.change("n", slots=1, models=["m", "k"])  # so that both are of one pool
         self.lanes: dict[str, Lane] = {name: slots.lane(name) for name in ("m", "k")}
+        self.pool = self.lanes["m"].pool
         self.turn = 0
 
     def wait(self, member: str, model: str = "m") -> Place:
@@ -34,7 +28,7 @@ class Pool:
         leaf = self.shares.leaf(member)
         lane = self.lanes[model]
         place = Place(id=f"r{self.turn}", account=leaf, lane=lane, key=self.turn)
-        self.shares.arrive(leaf)
+        self.shares.arrive(leaf, lane.pool)
         self.shares.enqueue(place)
         self.shares.validate()
         return place
@@ -42,9 +36,13 @@ class Pool:
     def run(self, member: str, credits: int) -> None:
         """A request of this member starts at once, and goes on running."""
         leaf = self.shares.leaf(member)
-        self.shares.arrive(leaf)
-        self.shares.start(leaf, credits)
+        self.shares.arrive(leaf, self.pool)
+        self.shares.start(leaf, self.pool, credits)
         self.shares.validate()
+
+    def charge(self, member: str, credits: int) -> None:
+        """A request of this member goes on, and pays more or gets something back."""
+        self.shares.charge(self.shares.leaf(member), self.pool, credits)
 
     def end(self, member: str) -> None:
         """A request of this member ends."""
@@ -53,12 +51,18 @@ class Pool:
         self.shares.retire(leaf)
         self.shares.validate()
 
+    def first(self, *models: str) -> Place | None:
+        """Who is next for these models, by the least key and nothing else."""
+        lanes = [self.lanes[model] for model in models or ("m",)]
+        leaf = next(self.shares.window(lanes, window=0, most=1), None)
+        return None if leaf is None else leaf.oldest(lanes)
+
     def next(self, *models: str, credits: int = 10) -> str:
         """Start whoever is next for these models, and say who it was."""
-        place = self.shares.pick([self.lanes[model] for model in models or ("m",)])
+        place = self.first(*models)
         assert place is not None
         self.shares.dequeue(place)
-        self.shares.start(place.account, credits)
+        self.shares.start(place.account, place.lane.pool, credits)
         self.shares.validate()
         return place.account.member
 
@@ -84,80 +88,6 @@ def test_price_is_exact_for_the_smallest_factor() -> None:
     assert price(cached=1, factor_milli=1) == 100
 
 
-# The heap
-
-
-def test_heap_gives_the_least_key_and_equals_in_the_order_of_entry() -> None:
-    """Least key first; between equals, who came first."""
-    heap: Heap[Item] = Heap()
-    first, second, less = Item(5), Item(5), Item(1)
-    for item in (first, second, less):
-        heap.add(item)
-    order = []
-    while (item := heap.least()) is not None:
-        order.append(item)
-        heap.discard(item)
-    assert order == [less, first, second]
-    assert heap.least() is None
-
-
-def test_heap_finds_keys_that_have_grown_unannounced() -> None:
-    """A grown key is put where it belongs, behind those that were equal before it."""
-    heap: Heap[Item] = Heap()
-    first, second = Item(1), Item(3)
-    heap.add(first)
-    heap.add(second)
-    first.key = 3
-    heap.validate()
-    assert heap.least() is second
-    first.key = 2
-    heap.add(first)
-    assert heap.least() is first
-    heap.validate()
-
-
-def test_heap_keeps_no_more_garbage_than_items() -> None:
-    """Entries of items that have moved on are cleared away before they pile up."""
-    heap: Heap[Item] = Heap()
-    item = Item(0)
-    for key in range(1_000, 0, -1):
-        item.key = key
-        heap.add(item)
-    assert heap.least() is item
-    assert len(heap) == 1
-    assert int(repr(heap).split()[3]) < 20
-    heap.validate()
-
-
-def test_heap_is_still_in_order_after_clearing_away() -> None:
-    """The least key comes first before and after the garbage is gone."""
-    heap: Heap[Item] = Heap()
-    items = [Item(key) for key in range(100, 0, -1)]
-    for item in items:
-        heap.add(item)
-    for item in items[:90]:
-        heap.discard(item)
-        heap.validate()
-    heap.add(Item(200))
-    order = []
-    while (item := heap.least()) is not None:
-        order.append(item.key)
-        heap.discard(item)
-    assert order == [*range(1, 11), 200]
-
-
-def test_heap_is_a_set() -> None:
-    """It knows its items, and forgets one without fuss even if it is not there."""
-    heap: Heap[Item] = Heap()
-    item = Item(1)
-    heap.discard(item)
-    assert item not in heap
-    heap.add(item)
-    assert item in heap
-    assert list(heap) == [item]
-    assert repr(heap) == "<Heap of 1, 1 entries>"
-
-
 # The pick
 
 
@@ -175,10 +105,9 @@ def test_oldest_request_of_a_member_is_next() -> None:
     """Inside one member's queue the turn decides."""
     pool = Pool()
     first, second = pool.wait("a"), pool.wait("a")
-    lanes = [first.lane]
-    assert pool.shares.pick(lanes) is first
+    assert pool.first() is first
     pool.shares.dequeue(first)
-    assert pool.shares.pick(lanes) is second
+    assert pool.first() is second
 
 
 def test_only_open_lanes_count() -> None:
@@ -188,7 +117,7 @@ def test_only_open_lanes_count() -> None:
     pool.wait("b", "m")
     pool.run("b", 100)
     assert pool.next("m") == "b"
-    assert pool.shares.pick([pool.lanes["m"]]) is None
+    assert pool.first("m") is None
     assert pool.next("m", "k") == "a"
 
 
@@ -207,7 +136,7 @@ def test_nothing_waits_for_nothing() -> None:
     """Without open lanes there is nobody."""
     pool = Pool()
     pool.wait("a")
-    assert pool.shares.pick([]) is None
+    assert pool.first("k") is None
 
 
 def test_fairness_holds_at_each_level() -> None:
@@ -260,7 +189,7 @@ def test_key_loses_nothing_to_rounding() -> None:
     pool.shares.weigh("a", 3_000)
     pool.run("a", 0)
     for _ in range(100):
-        pool.shares.charge(pool.shares.leaf("a"), 1)
+        pool.charge("a", 1)
     assert pool.key("a") == 33
 
 
@@ -268,7 +197,7 @@ def test_every_account_on_the_path_is_charged() -> None:
     """A charge is paid by the person, the project and the organisation."""
     pool = Pool()
     pool.run("a/p/x", 100)
-    pool.shares.charge(pool.shares.leaf("a/p/x"), 20)
+    pool.charge("a/p/x", 20)
     assert [pool.key(name) for name in ("a", "a/p", "a/p/x")] == [120, 120, 120]
     assert pool.shares.service == 120
 
@@ -280,9 +209,9 @@ def test_refund_puts_a_waiting_member_forward() -> None:
     pool.wait("a")
     pool.run("b", 0)
     pool.wait("b")
-    pool.shares.charge(pool.shares.leaf("b"), 40)
+    pool.charge("b", 40)
     assert (pool.key("a"), pool.key("b")) == (100, 140)
-    pool.shares.charge(pool.shares.leaf("b"), -41)
+    pool.charge("b", -41)
     assert pool.next() == "b"
 
 
@@ -292,10 +221,10 @@ def test_new_weight_leaves_what_was_paid() -> None:
     pool.run("a", 100)
     pool.shares.weigh("a", 4_000)
     assert pool.key("a") == 100
-    pool.shares.charge(pool.shares.leaf("a"), 100)
+    pool.charge("a", 100)
     assert pool.key("a") == 125
     pool.shares.weigh("a", 1_000)
-    pool.shares.charge(pool.shares.leaf("a"), 100)
+    pool.charge("a", 100)
     assert pool.key("a") == 225
     pool.shares.validate()
 
@@ -330,7 +259,7 @@ def test_newcomer_is_lifted_to_the_virtual_time_when_nobody_waits() -> None:
     """With nobody waiting, it is the largest key ever dispatched, not what came after that."""
     pool = Pool()
     pool.run("a", 100)
-    pool.shares.charge(pool.shares.leaf("a"), 400)
+    pool.charge("a", 400)
     pool.wait("b")
     assert pool.key("b") == 100
 
@@ -339,7 +268,7 @@ def test_lift_never_lowers() -> None:
     """A key ahead of the others stays there."""
     pool = Pool()
     pool.run("a", 100)
-    pool.shares.charge(pool.shares.leaf("a"), 400)
+    pool.charge("a", 400)
     pool.wait("b")
     pool.wait("a")
     assert pool.key("a") == 500
@@ -382,7 +311,7 @@ def test_idle_account_ahead_is_kept_until_the_others_pass_it() -> None:
     """Nobody resets a key by going away."""
     pool = Pool()
     pool.run("a", 10)
-    pool.shares.charge(pool.shares.leaf("a"), 90)
+    pool.charge("a", 90)
     pool.end("a")
     assert pool.key("a") == 100
     pool.run("b", 80)
@@ -395,7 +324,7 @@ def test_account_that_returns_in_time_is_not_forgotten() -> None:
     """Whoever waits or runs again is no longer among those to forget."""
     pool = Pool()
     pool.run("a", 10)
-    pool.shares.charge(pool.shares.leaf("a"), 90)
+    pool.charge("a", 90)
     pool.end("a")
     pool.wait("a")
     pool.run("b", 1_000)
@@ -407,7 +336,7 @@ def test_an_organisation_is_forgotten_with_all_below_it() -> None:
     """What was ahead inside an organisation goes with it, once others have passed the whole."""
     pool = Pool()
     pool.run("a/p/x", 10)
-    pool.shares.charge(pool.shares.leaf("a/p/x"), 90)
+    pool.charge("a/p/x", 90)
     pool.end("a/p/x")
     assert pool.key("a/p/x") == 100
     pool.run("b", 200)
@@ -430,7 +359,7 @@ def test_many_are_forgotten_in_small_steps() -> None:
     pool = Pool()
     for number in range(10):
         pool.run(f"u{number}", 0)
-        pool.shares.charge(pool.shares.leaf(f"u{number}"), 100)
+        pool.charge(f"u{number}", 100)
         pool.end(f"u{number}")
     counts = []
     for _ in range(4):
@@ -446,9 +375,9 @@ def test_memory_is_bounded_by_who_is_active_or_ahead(shape: str) -> None:
     shares, known = pool.shares, 0
     for number in range(10_000):
         leaf = shares.leaf(shape.format(number, number % 20))
-        shares.arrive(leaf)
-        shares.start(leaf, 100)
-        shares.charge(leaf, 800)
+        shares.arrive(leaf, pool.pool)
+        shares.start(leaf, pool.pool, 100)
+        shares.charge(leaf, pool.pool, 800)
         shares.end(leaf)
         shares.retire(leaf)
         known = max(known, len(shares.standings())) if number % 50 == 0 else known
@@ -486,7 +415,7 @@ def test_reprs_tell_the_state_in_a_line() -> None:
     pool = Pool()
     place = pool.wait("a/p/x")
     assert repr(pool.shares) == "<Shares 1 queued 0 running 1 leaves>"
-    assert repr(place.account) == "<Account a/p/x key=0 1 queued 0 running>"
+    assert repr(place.account) == "<Account a/p/x 0 had 1 queued 0 running>"
 
 
 def test_validate_finds_a_wrong_count() -> None:

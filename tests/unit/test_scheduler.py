@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from anser.core.ledger import Usage
-from anser.core.scheduler import (
+from anser.core.events import (
     Cancelled,
     Decision,
     Finished,
@@ -13,11 +12,12 @@ from anser.core.scheduler import (
     NodeGone,
     Progressed,
     Refused,
-    Scheduler,
     Start,
     Submitted,
     Weighed,
 )
+from anser.core.ledger import Usage
+from anser.core.scheduler import Scheduler
 from tests.scheduling import CREDIT, Pool, request
 
 # Late binding

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from anser.core.ledger import Usage
-from anser.core.scheduler import (
+from anser.core.events import (
     Abort,
     Cancelled,
     Failed,
@@ -14,6 +13,7 @@ from anser.core.scheduler import (
     Start,
     Submitted,
 )
+from anser.core.ledger import Usage
 from tests.scheduling import Pool, leases
 
 # Failure

@@ -14,7 +14,7 @@ def shares(slots: Slots) -> dict[str, str]:
 
 def take_best(slots: Slots, model: str) -> str:
     """Take a slot of the node that has most to spare, and say which it was."""
-    node = slots.best(slots.lane(model))
+    node = next(slots.freest(slots.lane(model)), None)
     assert node is not None
     slots.take(node)
     slots.validate()
@@ -35,9 +35,9 @@ def test_no_node_is_best_when_none_is_free() -> None:
     """Without a free slot for the model there is no node."""
     slots = Slots()
     slots.change("n1", slots=1, models=["m"])
-    assert slots.best(slots.lane("other")) is None
+    assert next(slots.freest(slots.lane("other")), None) is None
     take_best(slots, "m")
-    assert slots.best(slots.lane("m")) is None
+    assert next(slots.freest(slots.lane("m")), None) is None
 
 
 def test_a_slot_counts_for_all_models_of_its_node() -> None:
@@ -45,9 +45,9 @@ def test_a_slot_counts_for_all_models_of_its_node() -> None:
     slots = Slots()
     node = slots.change("n1", slots=1, models=["a", "b"])
     take_best(slots, "a")
-    assert slots.best(slots.lane("b")) is None
+    assert next(slots.freest(slots.lane("b")), None) is None
     slots.give_back(node)
-    assert slots.best(slots.lane("b")) is node
+    assert next(slots.freest(slots.lane("b")), None) is node
 
 
 def test_a_slot_is_never_taken_twice() -> None:
@@ -69,11 +69,11 @@ def test_a_node_that_shrinks_below_what_it_runs_is_not_free() -> None:
     slots.take(node)
     assert slots.change("n1", slots=1, models=["m"]) is node
     assert node.free == 0
-    assert slots.best(slots.lane("m")) is None
+    assert next(slots.freest(slots.lane("m")), None) is None
     slots.give_back(node)
     assert node.free == 0
     slots.give_back(node)
-    assert slots.best(slots.lane("m")) is node
+    assert next(slots.freest(slots.lane("m")), None) is node
     slots.validate()
 
 
@@ -116,13 +116,13 @@ def test_a_lane_shuns_the_nodes_it_excludes_while_others_serve_the_model() -> No
     slots.take(second)
     lane = slots.lane("m", frozenset({"n1"}))
     slots.wait(lane)
-    assert slots.best(lane) is second
+    assert next(slots.freest(lane), None) is second
     assert slots.waiting_for(first) == []
     assert slots.waiting_for(second) == [lane]
     slots.take(second)
-    assert slots.best(lane) is None
+    assert next(slots.freest(lane), None) is None
     slots.change("n2", slots=0, models=[])
-    assert slots.best(lane) is first
+    assert next(slots.freest(lane), None) is first
     assert slots.waiting_for(first) == [lane]
 
 

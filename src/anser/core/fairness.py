@@ -9,43 +9,52 @@ organisations, inside an organisation, and inside a project, each with its own w
 that is no person may have requests of its own: they wait in a leaf below it, which is one more
 child, of weight 1,000.
 
-*Pick*: from the root down, the account of least key among those that have something waiting in one
-of the open lanes; in the leaf, the oldest request. Between equals the one that has waited longer.
+*Pools*: models that compete for the same slots are a pool (`virtual`), and keys are compared within
+a pool only. What an account is served anywhere raises its key in all its pools, but by what other
+pools serve it no further than a minute's worth of service ahead of those who wait there.
 
-*Lift*: an account that had nothing waiting and now has is raised to the least key among its
-siblings that wait, or to its parent's virtual time (the largest key ever dispatched) if none does.
-It is never lowered: idleness earns nothing.
+*Pick*: from the root down, the accounts of least key, and those within a window above it, among all
+that have something waiting in one of the open lanes.
 
-*Forget*: an account with nothing waiting or running at or below it is dropped, with all below it,
-as soon as its key is not above the level that it would be lifted to. That is safe because its
-return would lift it there anyhow, as it does a newcomer. One whose key is ahead is kept until the
-others have caught up, so nobody resets its key by going away. (What is lost is who was ahead of
-whom inside an organisation, once the whole of it has been idle until others have passed it.) Hence
-memory is bounded by those who wait, run or are ahead.
+*Lift*: an account that had nothing waiting in a pool and now has is raised to the least key among
+its siblings that wait there, or to the pool's virtual time (the largest key ever dispatched) if
+none does. It is never lowered: idleness earns nothing.
+
+*Forget*: an account that has had nothing waiting or running at or below it for a while is dropped,
+with all below it, as soon as it is in no pool ahead of the level that it would be lifted to. That
+is safe because its return would lift it there anyhow, as it does a newcomer. One that is ahead is
+kept until the others have caught up, so nobody resets its key by going away. (What is lost is who
+was ahead of whom inside an organisation, once the whole of it has been idle until others have
+passed it; and all keys of a pool, once no node serves its models and nobody waits for them.) Hence
+memory is bounded by those who wait, run, did so a moment ago, or are ahead.
 
 Keys move with each charge, so the heaps are lazy: an entry whose item has moved on since is put
 back where it belongs when it surfaces; only a refund, which lowers a key, has to add an entry at
-once. A pick costs O(depth x log members), a charge O(depth), a lift O(depth x lanes).
+once. A pick costs O(depth x log members), a charge O(depth), a lift O(depth x lanes); a change of
+pools, which is rare, visits all accounts.
 
 Prices are exact: whole micro-credits. One credit is a fresh prompt token of a model of factor 1;
 a cached prompt token costs a tenth of it, an output token four times as much.
 
-Invariants: each key is base + floor(1,000 x paid / weight); service and counts of an account are
-the sums over its children, living or forgotten; an account is in its parent's heap of a lane if
-and only if something waits in that lane at or below it.
+Invariants: each measure is what was paid by former weights + floor(1,000 x paid / weight); an
+account has a base in each pool in which something waits at or below it; service and counts of an
+account are the sums over its children, living or forgotten; an account is in its parent's heap of a
+lane if and only if something waits in that lane at or below it.
 """
 
 from __future__ import annotations
 
-import heapq
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
-from typing import Generic, Protocol, TypeVar
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
+from anser.core.account import Account, Place
+from anser.core.heap import Heap
 from anser.core.members import ancestry
-from anser.core.slots import Lane
+from anser.core.slots import Lane, Moved
+from anser.core.virtual import Pool, Virtual
 
-__all__ = ["Account", "Heap", "Place", "Shares", "Standing", "price"]
+__all__ = ["Shares", "Standing", "price"]
 
 # Micro-credits per token and per thousandth of the model's factor.
 _FRESH, _CACHED, _OUTPUT = 1_000, 100, 4_000
@@ -54,7 +63,6 @@ _WEIGHT = 1_000  # one share
 _DEPTH_MAX = 3
 _OWN = ""  # the name of a member's own leaf, which is no path
 _SWEPT_MAX = 4  # accounts forgotten per dispatch and level: more than can come, in small steps
-_GARBAGE_MIN = 16  # entries; smaller heaps are not worth compacting
 
 
 def price(*, fresh: int = 0, cached: int = 0, output: int = 0, factor_milli: int) -> int:
@@ -72,166 +80,23 @@ class Standing:
 
     member: str
     weight: int  # thousandths
-    key: int  # micro-credits per share of its siblings' measure
+    key: int  # micro-credits per share: its place in the pool in which it is furthest
     service: int  # micro-credits since the account was opened
     queued: int
     running: int
 
 
-class _Keyed(Protocol):
-    @property
-    def key(self) -> int: ...
-
-
-_T = TypeVar("_T", bound=_Keyed)
-
-
-class Heap(Generic[_T]):
-    """A set of items, least key first, equals in the order of entry. Keys may grow unannounced."""
-
-    __slots__ = ("_entries", "_entry_of", "_next")
-
-    def __init__(self) -> None:
-        self._entries: list[tuple[int, int, _T]] = []
-        self._entry_of: dict[_T, int] = {}
-        self._next = 0
-
-    def add(self, item: _T) -> None:
-        """Put the item in, or in its new place after its key has become less."""
-        number = self._next = self._next + 1
-        self._entry_of[item] = number
-        heapq.heappush(self._entries, (item.key, number, item))
-        self._clear_away()
-
-    def discard(self, item: _T) -> None:
-        """Take the item out, if it is in."""
-        if self._entry_of.pop(item, None) is not None:
-            self._clear_away()
-
-    def least(self) -> _T | None:
-        """The item of least key, or None when empty."""
-        entries = self._entries
-        while entries:
-            key, number, item = entries[0]
-            if self._entry_of.get(item) != number:
-                heapq.heappop(entries)
-            elif key != item.key:
-                number = self._next = self._next + 1
-                self._entry_of[item] = number
-                heapq.heapreplace(entries, (item.key, number, item))
-            else:
-                return item
-        return None
-
-    def _clear_away(self) -> None:
-        if len(self._entries) > 2 * len(self._entry_of) + _GARBAGE_MIN:
-            self._entries = [(item.key, number, item) for item, number in self._entry_of.items()]
-            heapq.heapify(self._entries)
-
-    def __contains__(self, item: object) -> bool:
-        return item in self._entry_of
-
-    def __len__(self) -> int:
-        return len(self._entry_of)
-
-    def __iter__(self) -> Iterator[_T]:
-        return iter(self._entry_of)
-
-    def __repr__(self) -> str:
-        return f"<Heap of {len(self._entry_of)}, {len(self._entries)} entries>"
-
-    def validate(self) -> None:
-        """Assert that each item has its entry, and none with a key above its own."""
-        numbers = {number: (key, item) for key, number, item in self._entries}
-        assert len(numbers) == len(self._entries) <= 2 * len(self._entry_of) + _GARBAGE_MIN
-        for item, number in self._entry_of.items():
-            key, entered = numbers[number]
-            assert entered is item
-            assert key <= item.key
-
-
-@dataclass(slots=True, eq=False, kw_only=True)
-class Place:
-    """A waiting request's place among its account's own: `key` is its turn, least first."""
-
-    id: str
-    account: Account
-    lane: Lane
-    key: int
-
-
-def _nobody() -> Heap[Account]:
-    return Heap()  # annotated here, because Heap["Account"]() costs a microsecond each time
-
-
-@dataclass(slots=True, eq=False, repr=False, kw_only=True)
-class Account:
-    """What one member has had, and what waits below it."""
-
-    member: str
-    name: str  # among its siblings
-    parent: Account | None
-    weight: int
-    key: int = 0
-    base: int = 0  # of the key: what lifts and former weights have made of it
-    paid: int = 0  # micro-credits since `base` was set
-    service: int = 0  # micro-credits since the account was opened
-    service_forgotten: int = 0  # of it, for children that were forgotten
-    virtual: int = 0  # largest key of a child ever dispatched
-    queued: int = 0
-    running: int = 0
-    path: tuple[tuple[Account, Account], ...] = ()  # (account, parent), from the organisation on
-    children: dict[str, Account] = field(default_factory=dict[str, "Account"])
-    lanes: dict[Lane, Heap[Account | Place]] = field(
-        default_factory=dict[Lane, "Heap[Account | Place]"]
-    )
-    idle: Heap[Account] = field(default_factory=_nobody)
-
-    def least(self, lanes: Iterable[Lane]) -> Account | Place | None:
-        """The child or, in a leaf, the request of least key that waits in one of `lanes`."""
-        found: Account | Place | None = None
-        for lane in lanes:
-            heap = self.lanes.get(lane)
-            item = heap.least() if heap else None
-            if item is not None and (found is None or item.key < found.key):
-                found = item
-        return found
-
-    def level(self) -> int:
-        """The key to which a child is lifted that begins to wait."""
-        if self.lanes:
-            least = self.least(self.lanes)
-            assert least is not None
-            return least.key
-        return self.virtual
-
-    def lift(self, level: int) -> None:
-        """Raise the key to `level`; a key above it stays."""
-        if level > self.key:
-            self.base += level - self.key
-            self.key = level
-
-    def pay(self, micro_credits: int) -> None:
-        """Add to the key what this service costs; a negative amount is a refund."""
-        self.service += micro_credits
-        self.paid += micro_credits
-        former, self.key = self.key, self.base + self.paid * _WEIGHT // self.weight
-        if self.key < former and self.parent is not None:
-            for lane in self.lanes:
-                self.parent.lanes[lane].add(self)
-
-    def weigh(self, weight: int) -> None:
-        """Let what comes be paid by another weight; what was paid stays paid."""
-        self.base, self.paid, self.weight = self.key, 0, weight
-
-    def __repr__(self) -> str:
-        return f"<Account {self.member} key={self.key} {self.queued} queued {self.running} running>"
-
-
 class Shares:
-    """The tree of accounts, and which waiting request is next."""
+    """The tree of accounts, and which waiting request is next.
 
-    def __init__(self) -> None:
+    An account that had something to do up to `rest_s` seconds ago is awake: it counts when shares
+    are computed, and is not forgotten.
+    """
+
+    def __init__(self, rest_s: float = 0.0) -> None:
+        self._rest_s = rest_s
+        self._resting: OrderedDict[Account, float] = OrderedDict()  # since when, longest first
+        self._awake_leaves = 0
         self._root = Account(member="", name="", parent=None, weight=_WEIGHT)
         self._leaves: dict[str, Account] = {}
         self._weights: dict[str, int] = {}
@@ -250,6 +115,34 @@ class Shares:
     def service(self) -> int:
         """The price of all service so far, in micro-credits."""
         return self._root.service
+
+    @property
+    def awake(self) -> int:
+        """Leaves that wait, run, or did so a moment ago."""
+        return self._awake_leaves
+
+    def share(self, leaf: Account) -> float:
+        """Which part of everything is due to this leaf, among all that are awake."""
+        share = 1.0
+        for account, parent in leaf.path:
+            others = 0 if account.awake else account.weight  # or it counts already
+            share *= account.weight / (parent.awake_weight + others)
+        return share
+
+    def standing_of(self, member: str) -> tuple[int, float]:
+        """How many of its own requests wait, and the share that is due to it if it has one more."""
+        names = ancestry(member)
+        account: Account | None = self._root
+        share = 1.0
+        for name in (*names, *[_OWN] * (_DEPTH_MAX - len(names)))[:_DEPTH_MAX]:
+            child = account.children.get(name) if account else None
+            weight = child.weight if child else self._weights.get(name, _WEIGHT)
+            awake = account.awake_weight if account else 0
+            share *= weight / (awake if child and child.awake else awake + weight)
+            account = child
+            if name == _OWN:
+                break
+        return account.queued if account else 0, share
 
     def weigh(self, member: str, weight: int) -> None:
         """Give a member its weight among its siblings, in thousandths."""
@@ -271,26 +164,47 @@ class Shares:
             account = account.children.get(name) if account else None
         return account
 
-    def arrive(self, leaf: Account) -> None:
+    def arrive(self, leaf: Account, pool: Pool) -> None:
         """A request of `leaf` is here, to wait or to start: lift whoever had nothing waiting."""
         for account, parent in leaf.path:
-            if not account.queued:
-                if not account.running:
-                    parent.idle.discard(account)
-                account.lift(parent.level())
+            if not account.queued and not account.running:
+                self._wake(account, parent)
+            if not account.waits_in(pool):
+                account.lift(pool, parent.level(pool))
+                virtual = parent.virtual.get(pool)
+                account.limit(pool, 0 if virtual is None else virtual.reach)
+
+    def leave(self, leaf: Account, pool: Pool) -> None:
+        """Nothing of this pool is left on the path of `leaf`."""
+        for account, _ in leaf.path:
+            account.leave(pool)
+
+    def _wake(self, account: Account, parent: Account) -> None:
+        self._resting.pop(account, None)
+        if not account.awake:
+            for heap in parent.idle.values():
+                heap.discard(account)
+            account.wake(parent)
+            self._awake_leaves += _is_leaf(account)
 
     def enqueue(self, place: Place) -> None:
         """Let an arrived request wait."""
         item: Account | Place = place
         account: Account | None = place.account
+        pool = place.lane.pool
         while account is not None:
             account.queued += 1
-            heap = account.lanes.get(place.lane)
+            heap: Heap[Account | Place] | None = account.lanes.get(place.lane)
             if heap is None:
-                heap = account.lanes[place.lane] = Heap()
+                heap = account.lanes[place.lane] = Heap(pool)
             if item not in heap:
                 heap.add(item)
             item, account = account, account.parent
+        homes = place.account.homes.setdefault(place.lane, {})
+        own: Heap[Place] | None = homes.get(place.homes)
+        if own is None:
+            own = homes[place.homes] = Heap(pool)
+        own.add(place)
 
     def dequeue(self, place: Place) -> None:
         """Let a request wait no longer, because it starts or is not wanted any more."""
@@ -305,30 +219,53 @@ class Shares:
                 if emptied:
                     del account.lanes[place.lane]
             account = account.parent
+        homes = place.account.homes[place.lane]
+        homes[place.homes].discard(place)
+        if not homes[place.homes]:
+            del homes[place.homes]
+            if not homes:
+                del place.account.homes[place.lane]
 
-    def pick(self, lanes: Iterable[Lane]) -> Place | None:
-        """The waiting request that is next for a slot to which these lanes are open."""
-        item = self._root.least(lanes)
-        while isinstance(item, Account):
-            item = item.least(lanes)
-        return item
+    def window(self, lanes: Sequence[Lane], *, window: int, most: int) -> Iterator[Account]:
+        """Leaves that are next for a slot to which `lanes` are open, whoever is first first.
 
-    def start(self, leaf: Account, micro_credits: int) -> None:
-        """A request of `leaf` starts, and pays this much at once."""
+        At each level those with keys up to `window` above the least; about `most` in all.
+        """
+        return _window(self._root, lanes, window, most)
+
+    def longest(self, leaf: Account) -> Account:
+        """The leaf with most waiting, level by level, for its weight; between equals `leaf`.
+
+        Whose newest request goes from a queue that is too long (longest queue drop, after McKenney,
+        Stochastic Fairness Queueing, 1990).
+        """
+        own = {account for account, _ in leaf.path}
+        account = self._root
+        while not _is_leaf(account):
+            children = account.children.values()
+            account = max(children, key=lambda child: (child.queued / child.weight, child in own))
+        return account
+
+    def start(self, leaf: Account, pool: Pool, micro_credits: int, now: float = 0.0) -> None:
+        """A request of `leaf` gets a slot of `pool`, and pays this much at once."""
         self._root.running += 1
         self._root.service += micro_credits
         for account, parent in leaf.path:
             account.running += 1
-            account.pay(micro_credits)
-            parent.virtual = max(parent.virtual, account.key)
-            if parent.idle:
-                self._sweep(parent)
+            account.pay(micro_credits, pool)
+            virtual = parent.virtual.get(pool)
+            if virtual is None:
+                virtual = parent.virtual[pool] = Virtual()
+            virtual.advance(account.key_in(pool), now)
+            account.limit(pool, virtual.reach)
+            if pool in parent.idle:
+                self._sweep(parent, pool)
 
-    def charge(self, leaf: Account, micro_credits: int) -> None:
+    def charge(self, leaf: Account, pool: Pool, micro_credits: int) -> None:
         """Charge, or refund if negative, a request of `leaf` that runs."""
         self._root.service += micro_credits
         for account, _ in leaf.path:
-            account.pay(micro_credits)
+            account.pay(micro_credits, pool)
 
     def end(self, leaf: Account) -> None:
         """A request of `leaf` runs no longer."""
@@ -336,14 +273,32 @@ class Shares:
         for account, _ in leaf.path:
             account.running -= 1
 
-    def retire(self, leaf: Account) -> None:
-        """Forget what is idle on the path of `leaf`, at once or when the others have caught up."""
-        for account, parent in reversed(leaf.path):
+    def retire(self, leaf: Account, now: float = 0.0) -> None:
+        """What is idle on the path of `leaf` rests from now on."""
+        for account, _ in reversed(leaf.path):
             if account.queued or account.running:
+                break
+            self._resting[account] = now
+            self._resting.move_to_end(account)
+        self.tick(now)
+
+    def tick(self, now: float) -> None:
+        """Forget who has rested long enough, at once or when the others have caught up."""
+        while self._resting:
+            account, since = next(iter(self._resting.items()))
+            if since + self._rest_s > now:
                 return
-            if account.key > parent.level():
-                parent.idle.add(account)
-            else:
+            del self._resting[account]
+            parent = account.parent
+            assert parent is not None
+            account.sleep(parent)
+            self._awake_leaves -= _is_leaf(account)
+            for pool in list(account.bases):
+                if account.key_in(pool) > parent.level(pool):
+                    parent.idle.setdefault(pool, Heap(pool)).add(account)
+                else:
+                    account.leave(pool)
+            if not account.bases:
                 self._forget(account, parent)
 
     def standings(self) -> list[Standing]:
@@ -352,7 +307,7 @@ class Shares:
             Standing(
                 member=account.member,
                 weight=account.weight,
-                key=account.key,
+                key=max(map(account.key_in, account.bases), default=account.measure),
                 service=account.service,
                 queued=account.queued,
                 running=account.running,
@@ -369,6 +324,11 @@ class Shares:
         """Assert the invariants of the module's docstring."""
         leaves = {account.member: account for account in _below(self._root) if _is_leaf(account)}
         assert leaves == self._leaves
+        assert self._awake_leaves == sum(leaf.awake for leaf in leaves.values())
+        for account in _below(self._root):
+            busy = bool(account.queued or account.running)
+            assert account.awake == (busy or account in self._resting)
+            assert not (busy and account in self._resting)
         for account in (self._root, *_below(self._root)):
             _validate(account)
 
@@ -391,18 +351,36 @@ class Shares:
         parent.children[name] = account
         return account
 
-    def _sweep(self, parent: Account) -> None:
-        level = parent.level()
+    def move(self, moved: Moved) -> None:
+        """Models have changed their pool: so do all keys, each as far ahead as it was."""
+        for account in (self._root, *_below(self._root)):
+            if moved.pool is not None:
+                _join(account, moved.former, moved.pool)
+        for account in (self._root, *_below(self._root)):
+            for pool in moved.ended:
+                account.virtual.pop(pool, None)
+                account.idle.pop(pool, None)
+                account.leave(pool)
+        for account in reversed([*_below(self._root)]):
+            if not account.awake and not account.bases and account.parent is not None:
+                self._forget(account, account.parent)
+
+    def _sweep(self, parent: Account, pool: Pool) -> None:
+        level, idle = parent.level(pool), parent.idle[pool]
         for _ in range(_SWEPT_MAX):
-            account = parent.idle.least()
-            if account is None or account.key > level:
-                return
-            self._forget(account, parent)
+            account = idle.least()
+            if account is None or account.key_in(pool) > level:
+                break
+            idle.discard(account)
+            account.leave(pool)
+            if not account.bases:
+                self._forget(account, parent)
+        if not idle:
+            del parent.idle[pool]
 
     def _forget(self, account: Account, parent: Account) -> None:
         del parent.children[account.name]
         parent.service_forgotten += account.service
-        parent.idle.discard(account)
         if _is_leaf(account):
             del self._leaves[account.member]
         for below in _below(account):
@@ -410,8 +388,36 @@ class Shares:
                 del self._leaves[below.member]
 
 
+def _join(parent: Account, former: tuple[Pool, ...], pool: Pool) -> None:
+    """Let all children be in `pool` what they were in the `former` ones, by virtual time."""
+    virtuals = {old: parent.virtual.get(old) or Virtual() for old in former}
+    joint = parent.virtual[pool] = Virtual.joint(virtuals.values())
+    for child in parent.children.values():
+        shifts = [(old, joint.now - virtuals[old].now) for old in former if old in child.bases]
+        if not shifts:
+            continue
+        child.bases[pool] = max(child.bases[old] + shift for old, shift in shifts)
+        child.ceilings[pool] = max(child.ceilings[old] + shift for old, shift in shifts)
+        if not child.awake:
+            parent.idle.setdefault(pool, Heap(pool)).add(child)
+    for lane, heap in parent.lanes.items():
+        if lane.pool is pool:
+            heap.move(pool)
+
+
+def _window(account: Account, lanes: Sequence[Lane], window: int, most: int) -> Iterator[Account]:
+    if _is_leaf(account):
+        yield account
+        return
+    children = account.near(lanes, window=window, most=most)
+    each = -(-most // len(children)) if children else 0
+    for child in children:
+        yield from _window(child, lanes, window, each)
+
+
 def _is_leaf(account: Account) -> bool:
-    return account.name == _OWN or len(account.path) == _DEPTH_MAX
+    depth = len(account.path)
+    return depth == _DEPTH_MAX or (depth > 0 and account.name == _OWN)
 
 
 def _below(account: Account) -> Iterator[Account]:
@@ -422,12 +428,19 @@ def _below(account: Account) -> Iterator[Account]:
 
 def _validate(account: Account) -> None:
     children = account.children.values()
-    assert account.key == account.base + account.paid * _WEIGHT // account.weight
+    assert account.measure == account.carried + account.paid * _WEIGHT // account.weight
+    assert account.bases.keys() == account.ceilings.keys() or account.parent is None
+    if account.parent is not None:
+        assert {lane.pool for lane in account.lanes} <= account.bases.keys()
     assert account.queued >= 0
     assert account.running >= 0
-    if account.parent is not None and _is_leaf(account):
+    if _is_leaf(account):
         assert not children
         assert account.queued == sum(map(len, account.lanes.values()))
+        assert account.homes.keys() == account.lanes.keys()
+        for lane, homes in account.homes.items():
+            kept = {place for heap in homes.values() for place in heap}
+            assert kept == set(account.lanes[lane])
     else:
         assert account.queued == sum(child.queued for child in children)
         assert account.running == sum(child.running for child in children)
@@ -442,7 +455,10 @@ def _validate_heaps(account: Account) -> None:
     for lane, heap in account.lanes.items():
         heap.validate()
         assert set(heap) == {child for child in account.children.values() if lane in child.lanes}
-    account.idle.validate()
-    for child in account.children.values():
-        active = child.queued or child.running
-        assert (child in account.idle) == (not active)
+    for pool, idle in account.idle.items():
+        idle.validate()
+        resting = {child for child in account.children.values() if not child.awake}
+        assert set(idle) == {child for child in resting if pool in child.bases}
+    assert all(child.awake or child.bases for child in account.children.values())
+    awake = sum(child.weight for child in account.children.values() if child.awake)
+    assert account.awake_weight == awake

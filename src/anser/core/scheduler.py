@@ -31,204 +31,60 @@ by exactly one of Finished, Failed, Cancelled in the queue, or Refused; those of
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from math import inf
 from typing import assert_never
 
-from anser.core.fairness import Place, Shares, Standing, price
+from anser.core.events import (
+    Abort,
+    Cancelled,
+    Decision,
+    Event,
+    Failed,
+    Finished,
+    Lease,
+    NodeChanged,
+    NodeGone,
+    Progressed,
+    Refused,
+    Request,
+    Rule,
+    Start,
+    Submitted,
+    Weighed,
+    Why,
+)
+from anser.core.fairness import Shares, Standing, price
+from anser.core.job import Job
 from anser.core.ledger import Usage
+from anser.core.picking import Picker
+from anser.core.prefix import PrefixIndex
+from anser.core.rules import DESIGN, Rules
 from anser.core.slots import NodeSlots, Slots
 
-__all__ = [
-    "Abort",
-    "Cancelled",
-    "Decision",
-    "Event",
-    "Failed",
-    "Finished",
-    "Lease",
-    "NodeChanged",
-    "NodeGone",
-    "Progressed",
-    "Refused",
-    "Request",
-    "Scheduler",
-    "Standing",
-    "Start",
-    "Submitted",
-    "Weighed",
-]
+__all__ = ["Scheduler"]
 
+_AGAIN_S = 0.25
 _FRONT = 1 << 62  # ahead of every turn that will ever be given
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Request:
-    """One unit of demand: one answer from one model."""
-
-    id: str
-    member: str  # the leaf; its ancestors follow from the path (`members.ancestry`)
-    model: str
-    prompt_tokens: int  # an estimate until the engine answers
-    output_tokens_max: int
-    factor_milli: int = 1_000  # the model's price factor, in thousandths
-
-    def __post_init__(self) -> None:
-        assert self.prompt_tokens >= 0
-        assert self.factor_milli >= 1
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Lease:
-    """The right of one request to one slot of one node until it ends."""
-
-    id: str  # "<request>.<attempt>"
-    request: str
-    node: str
-    model: str
-    attempt: int  # from 1
-
-
-# Events: what the world tells the scheduler.
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Submitted:
-    """A request has arrived and passed its member's limits."""
-
-    request: Request
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Progressed:
-    """A lease has produced `tokens` more completion tokens (coalesced per 100 ms)."""
-
-    lease: str
-    tokens: int
-
-    def __post_init__(self) -> None:
-        assert self.tokens >= 0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Finished:
-    """A lease ended by itself, or its abort was confirmed; `usage` is what it generated."""
-
-    lease: str
-    usage: Usage
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Failed:
-    """The node failed. `retry`: nothing has reached the client, so another node may take over."""
-
-    lease: str
-    delivered: Usage
-    retry: bool
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Cancelled:
-    """The client no longer wants the answer."""
-
-    request: str
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class NodeChanged:
-    """A node serves these models with this many slots from now on (0: drains)."""
-
-    node: str
-    slots: int
-    models: frozenset[str]
-
-    def __post_init__(self) -> None:
-        assert self.slots >= 0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class NodeGone:
-    """A node is lost; its leases have been or will be reported as failed by their owner."""
-
-    node: str
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Weighed:
-    """A member's weight among its siblings, in thousandths, from now on."""
-
-    member: str
-    weight: int
-
-    def __post_init__(self) -> None:
-        assert self.weight >= 1
-
-
-Event = Submitted | Progressed | Finished | Failed | Cancelled | NodeChanged | NodeGone | Weighed
-
-# Decisions: what the caller has to do.
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Start:
-    """Open the stream of this request on this node."""
-
-    lease: Lease
-    request: Request
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Refused:
-    """The request will not run: the platform's queue is full, or its tries are used up."""
-
-    request: str
-    code: str  # "overloaded" | "retries_exhausted"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Abort:
-    """Stop this lease at its engine, then report Finished with what was generated."""
-
-    lease: str
-
-
-Decision = Start | Refused | Abort
-
-
-@dataclass(slots=True, eq=False, kw_only=True)
-class _Job(Place):
-    """A request that waits (`node` is None) or runs."""
-
-    request: Request
-    attempt: int = 0
-    node: NodeSlots | None = None
-    charged: int = 0  # micro-credits, for the present attempt
-    cancelled: bool = False
-
-    @property
-    def lease(self) -> str:
-        """The present lease."""
-        return f"{self.id}.{self.attempt}"
-
-    @property
-    def factor_milli(self) -> int:
-        """The price factor of its model, in thousandths."""
-        return self.request.factor_milli
 
 
 class Scheduler:
     """Hierarchical weighted fair queueing with late binding: `handle(event, now)`."""
 
-    def __init__(self, queued_max: int, retries_max: int) -> None:
+    def __init__(self, queued_max: int, retries_max: int, rules: Rules = DESIGN) -> None:
         assert queued_max >= 0
         assert retries_max >= 1
+        self.rules = rules
         self.queued_max = queued_max
         self.retries_max = retries_max
         self.dropped = 0
         self._now = float("-inf")
-        self._shares = Shares()
+        self._shares = Shares(rules.awake_s)
         self._slots = Slots()
-        self._jobs: dict[str, _Job] = {}  # by request
-        self._leases: dict[str, _Job] = {}
+        self._index = PrefixIndex()
+        self._picker = Picker(rules, self._shares, self._slots)
+        self._jobs: dict[str, Job] = {}  # by request
+        self._leases: dict[str, Job] = {}
+        self._closed: dict[NodeSlots, float] = {}  # free, but not for those who wait; seen when
         self._turn = 0
 
     @property
@@ -268,6 +124,41 @@ class Scheduler:
         """Take one event at monotonic time `now` (seconds) and say what has to be done."""
         assert now >= self._now
         self._now = now
+        self._shares.tick(now)
+        decisions = self._take(event)
+        for job in self._picker.released(now):
+            decisions += self._place_again(job)
+        return decisions + self._look_again()
+
+    def _look_again(self) -> list[Decision]:
+        """Try once more the nodes whose free slots were closed to all who wait, now and then.
+
+        What closes them (who is light, who is awake) changes with what happens elsewhere.
+        """
+        decisions: list[Decision] = []
+        if not self._closed:
+            return decisions
+        for node, tried_at in list(self._closed.items()):
+            if self._now - tried_at >= _AGAIN_S:
+                decisions += self._fill(node)
+        return decisions
+
+    def wait_s(self, member: str, model: str) -> float:
+        """How long one more request of this member would wait for a slot, as far as can be told.
+
+        Each free slot goes to the members by their weights, so about as many requests go before it
+        as the member has waiting, for each share of all that are awake; slots become free as often
+        as they have lately.
+        """
+        lane = self._slots.lane(model)
+        if not self._shares.queued and next(self._slots.freest(lane), None) is not None:
+            return 0.0
+        queued, share = self._shares.standing_of(member)
+        before = min(self._shares.queued, (queued + 1) / share)
+        freed_s = sum(node.slots / node.pace.hold_s.value for node in lane.supply.nodes.values())
+        return (before + 1) / freed_s if freed_s else inf
+
+    def _take(self, event: Event) -> list[Decision]:
         match event:
             case Submitted():
                 return self._submit(event.request)
@@ -278,6 +169,7 @@ class Scheduler:
             case NodeChanged():
                 return self._change(event.node, event.slots, event.models)
             case NodeGone():
+                self._index.drop(event.node)
                 return self._change(event.node, 0, frozenset())
             case Weighed():
                 self._shares.weigh(event.member, event.weight)
@@ -307,7 +199,9 @@ class Scheduler:
         assert all(taken[node] == node.taken for node in self._slots.nodes())
         assert sum(node.taken for node in self._slots.nodes()) == len(running)
         for node in self._slots.nodes():
-            assert not node.free or not self._slots.waiting_for(node)
+            assert node.reading == sum(job.reading for job in running if job.node is node)
+            assert not node.free or not self._slots.waiting_for(node) or node in self._closed
+        self._index.validate()
 
     def _drop(self) -> list[Decision]:
         self.dropped += 1
@@ -316,20 +210,40 @@ class Scheduler:
     def _submit(self, request: Request) -> list[Decision]:
         if request.id in self._jobs:
             return self._drop()
-        lane = self._slots.lane(request.model)
-        node = self._slots.best(lane)
-        if node is None and self._shares.queued >= self.queued_max:
-            return [Refused(request=request.id, code="overloaded")]
         self._turn += 1
-        job = _Job(
+        job = Job(
             id=request.id,
             account=self._shares.leaf(request.member),
-            lane=lane,
+            lane=self._slots.lane(request.model, batch=request.batch),
             key=self._turn,
             request=request,
         )
+        if request.chain:
+            match = self._index.match(request.chain)
+            job.homes, job.hit = match.nodes, job.tokens_of(match.blocks)
+        self._shares.arrive(job.account, job.lane.pool)
+        node = self._free_node(job, more=1)
+        deadline = request.deadline
+        if node is None and deadline is not None and self._now + self._wait_s(request) > deadline:
+            self._leave(job)
+            return [self._refused(request, "deadline")]
         self._jobs[job.id] = job
-        return self._arrive(job, node)
+        return self._wait_or_start(job, node)
+
+    def _leave(self, job: Job) -> None:
+        """It does not wait in its lane: a pool that was of it alone ends."""
+        supply = job.lane.supply
+        if not supply.nodes and not supply.lanes:
+            self._shares.leave(job.account, job.lane.pool)
+        self._shares.retire(job.account, self._now)
+
+    def _wait_s(self, request: Request) -> float:
+        return self.wait_s(request.member, request.model)
+
+    def _refused(self, request: Request, code: str) -> Refused:
+        wait_s = self._wait_s(request)
+        known = wait_s if wait_s < inf else None
+        return Refused(request=request.id, code=code, retry_after_s=known)
 
     def _cancel(self, request: str) -> list[Decision]:
         job = self._jobs.get(request)
@@ -350,9 +264,10 @@ class Scheduler:
         match event:
             case Progressed():
                 self._charge(job, price(output=event.tokens, factor_milli=job.factor_milli))
-                return []
+                return self._began(job, job.node) if event.tokens else []
             case Finished():
                 self._settle(job, event.usage)
+                self._learn(job, job.node, event.usage)
                 return self._end(job, job.node)
             case Failed():
                 self._settle(job, event.delivered)
@@ -362,56 +277,139 @@ class Scheduler:
             case _:
                 assert_never(event)
 
+    def _began(self, job: Job, node: NodeSlots) -> list[Decision]:
+        """A lease produces tokens; its first ones say that its prompt has been read."""
+        if job.first_at is not None:
+            return []
+        job.first_at = self._now
+        if self.rules.throttle:
+            node.pace.began(
+                tokens=job.reading,
+                ahead=job.ahead,
+                took_s=self._now - job.started_at,
+                running=node.taken,
+            )
+            self._slots.throttle(node)
+        self._read(job, node)
+        return self._fill(node)
+
+    def _read(self, job: Job, node: NodeSlots) -> None:
+        node.reading -= job.reading
+        node.reading_heavy -= job.reading if job.heavy else 0
+        job.reading = 0
+
+    def _learn(self, job: Job, node: NodeSlots, usage: Usage) -> None:
+        """What the end of an answer tells about its node and its member."""
+        if job.cached:
+            self._index.learn(node.id, predicted=job.cached, found=usage.cached_tokens)
+        if job.cancelled or not usage.completion_tokens or not self.rules.throttle:
+            return
+        job.account.output.observe(usage.completion_tokens)
+        if job.first_at is not None:
+            node.pace.ended(
+                tokens=usage.completion_tokens - 1,
+                wrote_s=self._now - job.first_at,
+                held_s=self._now - job.started_at,
+            )
+
     def _change(self, id: str, slots: int, models: frozenset[str]) -> list[Decision]:
         touched = sorted({*models, *self._slots.models(id)})
-        node = self._slots.change(id, slots=slots, models=models)
+        bit = self._index.bit(id) if slots else 0
+        node = self._slots.change(id, slots=slots, models=models, bit=bit)
+        self._regroup()
         decisions = self._fill(node)
         # A model may now be served only by nodes on which some of its requests have failed.
         for other in self._slots.freed_by_exclusion(touched):
             decisions += self._fill(other)
         return decisions
 
-    def _retry(self, job: _Job, node: NodeSlots) -> list[Decision]:
+    def _retry(self, job: Job, node: NodeSlots) -> list[Decision]:
         if job.attempt >= self.retries_max:
             return [
                 Refused(request=job.id, code="retries_exhausted"),
                 *self._end(job, node),
             ]
-        self._stop(job)
+        self._stop(job, node)
         if job.key > 0:
             job.key -= _FRONT
-        job.lane = self._slots.lane(job.request.model, job.lane.excluded | {node.id})
+        excluded = job.lane.excluded | {node.id}
+        job.lane = self._slots.lane(job.request.model, excluded, batch=job.lane.batch)
         # The slot is given back only then: whoever waits for it goes by its key, not by luck.
-        decisions = self._arrive(job, self._slots.best(job.lane))
+        self._shares.arrive(job.account, job.lane.pool)
+        decisions = self._wait_or_start(job, self._free_node(job, more=1))
         self._slots.give_back(node)
         return decisions + self._fill(node)
 
-    def _arrive(self, job: _Job, node: NodeSlots | None) -> list[Decision]:
-        self._shares.arrive(job.account)
-        if node is not None:
-            return [self._start(job, node)]
+    def _free_node(self, job: Job, *, more: int) -> NodeSlots | None:
+        """The free slot that is for `job` now; `more` for what is not counted yet of it."""
+        light = self._picker.is_light(job, more=more)
+        return self._picker.place(job, self._now, light=light)
+
+    def _wait_or_start(self, job: Job, node: NodeSlots | None) -> list[Decision]:
+        """Start at once where nobody waits for that slot; else wait, and whoever is next has it."""
+        if node is not None and not (self._shares.queued and self._slots.waiting_for(node)):
+            why = Why(rule=Rule.FREE, cached_tokens=job.cached_on(node))
+            return [self._start(job, node, why)]
+        job.since = self._now
         self._shares.enqueue(job)
         self._slots.wait(job.lane)
-        return []
+        if node is None and not job.attempt and self._shares.queued > self.queued_max:
+            decisions: list[Decision] = [self._push_out(job)]
+        else:
+            decisions = [] if node is None else self._fill(node)
+        if job.node is None:
+            # What is free is not for this one, or was given to another a moment ago: look again.
+            tried_at = self._now if node is None else -inf
+            for other in list(self._slots.freest(job.lane)):
+                self._closed.setdefault(other, tried_at)
+        return decisions
+
+    def _push_out(self, job: Job) -> Refused:
+        """The queue is longer than it may be since `job` came: who has most waiting loses one."""
+        place = self._shares.longest(job.account).newest()
+        other = self._jobs[place.id]
+        self._dequeue(other)
+        self._forget(other)
+        return self._refused(other.request, "overloaded")
+
+    def _place_again(self, job: Job) -> list[Decision]:
+        """Its home has not had a slot for it in time: any other will do."""
+        if self._jobs.get(job.id) is not job or job.node is not None:
+            return []
+        node = self._free_node(job, more=0)
+        return [] if node is None else self._fill(node)
 
     def _fill(self, node: NodeSlots) -> list[Decision]:
         decisions: list[Decision] = []
+        self._closed.pop(node, None)
         while node.free and self._shares.queued:
-            place = self._shares.pick(self._slots.waiting_for(node))
-            if place is None:
+            picked = self._picker.next(node, self._now)
+            if picked is None:
+                if self._slots.waiting_for(node):
+                    self._closed[node] = self._now
                 break
-            job = self._jobs[place.id]
+            job, why = picked
             self._dequeue(job)
-            decisions.append(self._start(job, node))
+            decisions.append(self._start(job, node, why))
         return decisions
 
-    def _start(self, job: _Job, node: NodeSlots) -> Start:
+    def _start(self, job: Job, node: NodeSlots, why: Why) -> Start:
         request = job.request
+        light = self._picker.is_light(job, more=1)
         self._slots.take(node)
-        job.node = node
+        job.node, job.started_at, job.first_at = node, self._now, None
         job.attempt += 1
-        job.charged = price(fresh=request.prompt_tokens, factor_milli=job.factor_milli)
-        self._shares.start(job.account, job.charged)
+        job.cached = 0
+        if request.chain:
+            job.cached = job.tokens_of(self._index.known(node.id, request.chain))
+            self._index.add(node.id, request.chain)
+        job.reading, job.ahead = request.prompt_tokens - job.cached, node.reading
+        job.heavy = not light
+        node.reading += job.reading
+        node.reading_heavy += job.reading if job.heavy else 0
+        job.charged = price(fresh=job.reading, cached=job.cached, factor_milli=job.factor_milli)
+        self._picker.bands.pay(job.charged, self._now, batch=job.lane.batch)
+        self._shares.start(job.account, job.lane.pool, job.charged, self._now)
         lease = Lease(
             id=job.lease,
             request=job.id,
@@ -420,36 +418,37 @@ class Scheduler:
             attempt=job.attempt,
         )
         self._leases[lease.id] = job
-        return Start(lease=lease, request=request)
+        return Start(lease=lease, request=request, why=why)
 
-    def _charge(self, job: _Job, micro_credits: int) -> None:
+    def _charge(self, job: Job, micro_credits: int) -> None:
         job.charged += micro_credits
-        self._shares.charge(job.account, micro_credits)
+        self._picker.bands.pay(micro_credits, self._now, batch=job.lane.batch)
+        self._shares.charge(job.account, job.lane.pool, micro_credits)
 
-    def _settle(self, job: _Job, usage: Usage) -> None:
-        due = price(
-            fresh=usage.prompt_tokens - usage.cached_tokens,
-            cached=usage.cached_tokens,
-            output=usage.completion_tokens,
-            factor_milli=job.factor_milli,
-        )
-        self._charge(job, due - job.charged)
+    def _settle(self, job: Job, usage: Usage) -> None:
+        self._charge(job, job.price(usage) - job.charged)
 
-    def _stop(self, job: _Job) -> None:
+    def _stop(self, job: Job, node: NodeSlots) -> None:
+        self._read(job, node)
         del self._leases[job.lease]
         job.node = None
         self._shares.end(job.account)
 
-    def _end(self, job: _Job, node: NodeSlots) -> list[Decision]:
-        self._stop(job)
+    def _end(self, job: Job, node: NodeSlots) -> list[Decision]:
+        self._stop(job, node)
         self._forget(job)
         self._slots.give_back(node)
         return self._fill(node)
 
-    def _dequeue(self, job: _Job) -> None:
+    def _dequeue(self, job: Job) -> None:
         self._shares.dequeue(job)
         self._slots.leave(job.lane)
+        self._regroup()
 
-    def _forget(self, job: _Job) -> None:
+    def _regroup(self) -> None:
+        for moved in self._slots.moved():
+            self._shares.move(moved)
+
+    def _forget(self, job: Job) -> None:
         del self._jobs[job.id]
-        self._shares.retire(job.account)
+        self._shares.retire(job.account, self._now)

@@ -23,10 +23,13 @@ supply exists only with nodes or lanes.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
-__all__ = ["Lane", "NodeSlots", "Slots", "Supply"]
+from anser.core.pace import Pace
+from anser.core.virtual import Pool
+
+__all__ = ["Lane", "Moved", "NodeSlots", "Slots", "Supply"]
 
 _LEVELS = 64
 _NO_NODES: frozenset[str] = frozenset()
@@ -37,10 +40,15 @@ class NodeSlots:
     """One node: how many slots it has, how many are taken, and what it serves."""
 
     id: str
-    slots: int = 0
+    slots: int = 0  # that may be used: what it claims, as far as it keeps that
     taken: int = 0
     supplies: tuple[Supply, ...] = ()
     level: int = 0
+    claimed: int = 0
+    bit: int = 0  # in `Place.homes`
+    reading: int = 0  # fresh prompt tokens that it was sent and has not answered yet
+    reading_heavy: int = 0  # of these, those of members above their share
+    pace: Pace = field(default_factory=Pace)
 
     @property
     def free(self) -> int:
@@ -53,11 +61,20 @@ class NodeSlots:
 
 @dataclass(slots=True, eq=False, repr=False)
 class Lane:
-    """Waiting requests that may run on the same nodes: a model, less the nodes they failed on."""
+    """Waiting requests that may run on the same nodes: a model, less the nodes they failed on.
+
+    Those of the batch band wait apart.
+    """
 
     supply: Supply
     excluded: frozenset[str] = _NO_NODES
+    batch: bool = False
     waiting: int = 0
+
+    @property
+    def pool(self) -> Pool:
+        """Where its requests' members are compared."""
+        return self.supply.pool.batch if self.batch else self.supply.pool
 
     def open_to(self, node: NodeSlots) -> bool:
         """Whether a request of this lane may run on `node`, which serves its model."""
@@ -74,8 +91,12 @@ class Supply:
     """What the nodes offer of one model, by level of free share, and the lanes that wait for it."""
 
     model: str
+    pool: Pool
     nodes: dict[str, NodeSlots] = field(default_factory=dict[str, NodeSlots])
-    lanes: dict[frozenset[str], Lane] = field(default_factory=dict[frozenset[str], Lane])
+    lanes: dict[tuple[frozenset[str], bool], Lane] = field(
+        default_factory=dict[tuple[frozenset[str], bool], Lane]
+    )
+    slots: int = 0  # of all its nodes
     levels: dict[int, dict[NodeSlots, None]] = field(
         default_factory=dict[int, dict[NodeSlots, None]]
     )
@@ -96,28 +117,68 @@ class Supply:
         return f"<Supply {self.model}: {len(self.nodes)} nodes, {len(self.lanes)} lanes>"
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Moved:
+    """Models have moved from former pools into one that is new; or nobody is left in those."""
+
+    former: tuple[Pool, ...]
+    pool: Pool | None
+    ended: frozenset[Pool]  # of the former, those without models from now on
+
+    def of_batch(self) -> Moved:
+        """The same of their batch bands."""
+        return Moved(
+            former=tuple(pool.batch for pool in self.former),
+            pool=None if self.pool is None else self.pool.batch,
+            ended=frozenset(pool.batch for pool in self.ended),
+        )
+
+
 class Slots:
     """All nodes, what they serve, and which of their slots are free."""
 
     def __init__(self) -> None:
         self._nodes: dict[str, NodeSlots] = {}
         self._supplies: dict[str, Supply] = {}
+        self._by_bit: dict[int, NodeSlots] = {}
+        self._pools = 0
+        self._moved: list[Moved] = []
 
-    def change(self, id: str, *, slots: int, models: Iterable[str]) -> NodeSlots:
+    def change(self, id: str, *, slots: int, models: Iterable[str], bit: int = 0) -> NodeSlots:
         """From now on this node has `slots` slots for `models`; no slots means it takes nothing."""
         node = self._nodes.setdefault(id, NodeSlots(id))
+        if bit:
+            node.bit = bit
+            self._by_bit[bit] = node
         self._place(node, level=0)
         former = node.supplies
         for supply in former:
             del supply.nodes[id]
-        node.slots = slots
+            supply.slots -= node.slots
+        node.claimed, node.slots = slots, node.pace.slots(slots)
         node.supplies = tuple(map(self._supply, sorted(set(models)))) if slots else ()
         for supply in node.supplies:
             supply.nodes[id] = node
+            supply.slots += node.slots
         self._settle(node)
         for supply in former:
             self._forget_supply(supply)
+        self._regroup((*former, *node.supplies))
         return node
+
+    def moved(self) -> list[Moved]:
+        """What has become of pools since this was last asked."""
+        moved, self._moved = self._moved, []
+        return moved
+
+    def throttle(self, node: NodeSlots) -> None:
+        """Let the node have as many slots as it has shown to keep, of those that it claims."""
+        slots = node.pace.slots(node.claimed)
+        if slots != node.slots:
+            for supply in node.supplies:
+                supply.slots += slots - node.slots
+            node.slots = slots
+            self._settle(node)
 
     def take(self, node: NodeSlots) -> None:
         """Take a free slot of `node`."""
@@ -131,15 +192,17 @@ class Slots:
         node.taken -= 1
         self._settle(node)
 
-    def lane(self, model: str, excluded: frozenset[str] = _NO_NODES) -> Lane:
+    def lane(
+        self, model: str, excluded: frozenset[str] = _NO_NODES, *, batch: bool = False
+    ) -> Lane:
         """The lane of requests for `model` that have failed on the nodes `excluded`."""
-        supply = self._supplies.get(model) or Supply(model)
-        return supply.lanes.get(excluded) or Lane(supply, excluded)
+        supply = self._supplies.get(model) or Supply(model, self._pool())
+        return supply.lanes.get((excluded, batch)) or Lane(supply, excluded, batch)
 
     def wait(self, lane: Lane) -> None:
         """One more request waits in `lane`, as `lane()` has just returned it."""
         self._supplies[lane.supply.model] = lane.supply
-        lane.supply.lanes[lane.excluded] = lane
+        lane.supply.lanes[lane.excluded, lane.batch] = lane
         lane.waiting += 1
 
     def leave(self, lane: Lane) -> None:
@@ -147,20 +210,19 @@ class Slots:
         assert lane.waiting > 0
         lane.waiting -= 1
         if not lane.waiting:
-            del lane.supply.lanes[lane.excluded]
+            del lane.supply.lanes[lane.excluded, lane.batch]
             self._forget_supply(lane.supply)
 
-    def best(self, lane: Lane) -> NodeSlots | None:
-        """The node open to `lane` with the largest free share, if any has a free slot."""
+    def freest(self, lane: Lane) -> Iterator[NodeSlots]:
+        """The nodes open to `lane` that have a free slot, the largest free share first."""
         supply = lane.supply
         mask = supply.levels_mask
         while mask:
             level = mask.bit_length() - 1
             for node in supply.levels[level]:
                 if lane.open_to(node):
-                    return node
+                    yield node
             mask ^= 1 << level
-        return None
 
     def waiting_for(self, node: NodeSlots) -> list[Lane]:
         """The lanes in which something waits that may run on `node`."""
@@ -181,6 +243,15 @@ class Slots:
                 names = sorted(lane.excluded & lane.supply.nodes.keys())
                 nodes |= {node: None for node in map(self._nodes.__getitem__, names) if node.free}
         return list(nodes)
+
+    def with_bits(self, bits: int) -> Iterator[NodeSlots]:
+        """The nodes that have one of these bits."""
+        while bits:
+            bit = bits & -bits
+            node = self._by_bit.get(bit)
+            if node is not None:
+                yield node
+            bits ^= bit
 
     def models(self, id: str) -> tuple[str, ...]:
         """The models that this node serves now."""
@@ -214,20 +285,35 @@ class Slots:
             assert node.slots or node.taken
             assert node.slots or not node.supplies
             assert node.level == _level(node)
+            assert node.slots == node.pace.slots(node.claimed)
+            assert 0 <= node.reading_heavy <= node.reading
             assert all(self._supplies.get(supply.model) is supply for supply in node.supplies)
             assert all(supply.nodes.get(id) is node for supply in node.supplies)
         for model, supply in self._supplies.items():
+            group = _group(supply)
+            assert all((other.pool is supply.pool) == (other in group) for other in self._all())
             assert supply.model == model
             assert supply.nodes or supply.lanes
             _validate_supply(supply)
 
+    def _all(self) -> Iterable[Supply]:
+        return self._supplies.values()
+
     def _supply(self, model: str) -> Supply:
-        return self._supplies.setdefault(model, Supply(model))
+        supply = self._supplies.get(model)
+        if supply is None:
+            supply = self._supplies[model] = Supply(model, self._pool())
+        return supply
+
+    def _pool(self) -> Pool:
+        self._pools += 1
+        return Pool(self._pools)
 
     def _settle(self, node: NodeSlots) -> None:
         self._place(node, level=_level(node))
         if not node.slots and not node.taken:
             del self._nodes[node.id]
+            self._by_bit.pop(node.bit, None)
 
     def _place(self, node: NodeSlots, *, level: int) -> None:
         old = node.level
@@ -237,8 +323,44 @@ class Slots:
                 supply.move(node, old=old, new=level)
 
     def _forget_supply(self, supply: Supply) -> None:
-        if not supply.nodes and not supply.lanes:
-            self._supplies.pop(supply.model, None)
+        if self._supplies.get(supply.model) is supply and not supply.nodes and not supply.lanes:
+            del self._supplies[supply.model]
+            self._retire(supply.pool, former=(supply.pool,), pool=None)
+            supply.pool = self._pool()  # what still runs of it is of no pool that anybody waits in
+
+    def _regroup(self, supplies: Iterable[Supply]) -> None:
+        """Give each group of models that compete for the same slots a pool, and its own."""
+        for supply in supplies:
+            if self._supplies.get(supply.model) is not supply:
+                continue
+            group = _group(supply)
+            former = tuple(sorted({one.pool for one in group}, key=lambda pool: pool.number))
+            if len(former) == 1 and self._size(former[0]) == len(group):
+                continue
+            pool = self._pool()
+            for one in group:
+                one.pool = pool
+            self._retire(*former, former=former, pool=pool)
+
+    def _size(self, pool: Pool) -> int:
+        return sum(supply.pool is pool for supply in self._supplies.values())
+
+    def _retire(self, *pools: Pool, former: tuple[Pool, ...], pool: Pool | None) -> None:
+        ended = frozenset(old for old in pools if not self._size(old))
+        if pool is not None or ended:
+            moved = Moved(former=former, pool=pool, ended=ended)
+            self._moved += [moved, moved.of_batch()]
+
+
+def _group(supply: Supply) -> set[Supply]:
+    """All that compete for slots with `supply`, directly or by way of others."""
+    group, found = {supply}, [supply]
+    for one in found:  # which grows meanwhile
+        for node in one.nodes.values():
+            new = [other for other in node.supplies if other not in group]
+            group.update(new)
+            found += new
+    return group
 
 
 def _level(node: NodeSlots) -> int:
@@ -247,7 +369,9 @@ def _level(node: NodeSlots) -> int:
 
 
 def _validate_supply(supply: Supply) -> None:
-    for excluded, lane in supply.lanes.items():
+    assert supply.slots == sum(node.slots for node in supply.nodes.values())
+    for (excluded, batch), lane in supply.lanes.items():
+        assert lane.batch is batch
         assert lane.waiting > 0
         assert lane.supply is supply
         assert lane.excluded == excluded

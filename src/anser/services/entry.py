@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from anser.core.events import NodeChanged
 from anser.core.fleet import SLOTS_DEFAULT, EngineKind, EngineReport, Node, Offer
 from anser.core.health import Health, NodeState
-from anser.core.scheduler import NodeChanged
 from anser.ports import Engine
 
 __all__ = ["Entry", "NodeStatus", "lacking", "promised"]

@@ -36,6 +36,7 @@ from anser.core.errors import (
     NotFound,
     Overloaded,
 )
+from anser.core.events import NodeChanged, NodeGone
 from anser.core.fleet import (
     EngineKind,
     EngineReport,
@@ -60,7 +61,6 @@ from anser.core.health import (
     Ticked,
 )
 from anser.core.limits import INSPECT_TIMEOUT_S, INSPECTIONS_MAX, NODES_MAX
-from anser.core.scheduler import NodeChanged, NodeGone
 from anser.ports import Clock, Engine, NodeStore
 from anser.services.entry import Entry, NodeStatus, lacking, promised
 

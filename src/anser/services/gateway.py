@@ -37,9 +37,7 @@ from anser.core.errors import (
     Overloaded,
     ShuttingDown,
 )
-from anser.core.health import NodeState
-from anser.core.ledger import Outcome, Receipt, Usage
-from anser.core.scheduler import (
+from anser.core.events import (
     Cancelled,
     Decision,
     Event,
@@ -51,11 +49,13 @@ from anser.core.scheduler import (
     Progressed,
     Refused,
     Request,
-    Scheduler,
     Start,
     Submitted,
     Weighed,
 )
+from anser.core.health import NodeState
+from anser.core.ledger import Outcome, Receipt, Usage
+from anser.core.scheduler import Scheduler
 from anser.ports import Call, Clock, Engine, Route
 from anser.services.chunks import Ending, Piece, Tally, read_embedding_usage, read_opening
 from anser.services.fleet import Fleet
@@ -474,8 +474,12 @@ class Gateway:
                     run.ready.set_result(lease)
             case Refused(request=request, code="overloaded"):
                 message = "This platform has as many requests waiting as it takes."
-                refused = Overloaded(message, retry_after_s=_RETRY_AFTER_S)
-                self._runs[request].ready.set_exception(refused)
+                refused = Overloaded(
+                    message, retry_after_s=decision.retry_after_s or _RETRY_AFTER_S
+                )
+                run = self._runs[request]
+                if not run.ready.done():  # else its client has just left
+                    run.ready.set_exception(refused)
             case Refused():
                 refusals.append(decision)
             case _:  # Abort: the request's own task stops its engine

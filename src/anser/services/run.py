@@ -7,10 +7,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from anser.core.errors import AnserError, EngineError, QueueTimeout
+from anser.core.events import Lease
 from anser.core.fleet import Offer
 from anser.core.ledger import LeaseRecord, Outcome, Receipt, Usage
 from anser.core.limits import START_WAIT_S
-from anser.core.scheduler import Lease
 from anser.ports import Call, Clock, Route
 from anser.services.chunks import Tally
 from anser.services.reservation import Reservation

@@ -1,0 +1,103 @@
+"""How fast a node is and how much it really does at once: learnt from its own answers.
+
+Theory of operation
+-------------------
+Nothing about speed is configured. From each lease three things are measured: how long the node took
+to read the prompt, how fast it then wrote, and how long the slot was held. Each is smoothed
+(exponentially weighted, a fifth of each new sample), and a sample that is more than four times or
+less than a quarter of what is known counts as exactly that much: one stall or one cached prompt
+cannot move it far, while a real change is followed within a few samples.
+
+*Slots that are not there.* An engine that claims more slots than it has queues inside, where no
+order of ours holds. It shows: the first token takes far longer than the prompts under way can
+explain. So a node is given a window of leases, as TCP is given one of segments (AIMD): each first
+token in time widens it by one until the claim is reached, each one far too late narrows it by a
+third, at most once for each window of leases. It never falls below one, so that a node
+can show that it has recovered.
+
+Times are seconds, rates tokens a second.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+__all__ = ["Pace", "Smooth"]
+
+_WEIGHT = 0.2
+_OUTLIER = 4.0
+
+_PREFILL_TOKENS_S = 1_000.0  # until something is known
+_DECODE_TOKENS_S = 20.0
+_HOLD_S = 10.0
+_SAMPLE_TOKENS_MIN = 64  # fewer measure the way there, not the reading
+
+_LATE = 4.0  # times what the prompts under way explain
+_LATE_MIN_S = 2.0  # and never less than this
+_NARROW = 2 / 3
+
+
+@dataclass(slots=True)
+class Smooth:
+    """One quantity, smoothed; `value` is a guess until the first sample."""
+
+    value: float
+    samples: int = 0
+
+    def observe(self, sample: float) -> None:
+        """Take one more sample of it; it must be positive."""
+        assert sample > 0
+        if self.samples:
+            sample = min(max(sample, self.value / _OUTLIER), self.value * _OUTLIER)
+            self.value += _WEIGHT * (sample - self.value)
+        else:
+            self.value = sample
+        self.samples += 1
+
+
+@dataclass(slots=True)
+class Pace:
+    """What is known of one node's speed."""
+
+    prefill_tokens_s: Smooth = field(default_factory=lambda: Smooth(_PREFILL_TOKENS_S))
+    decode_tokens_s: Smooth = field(default_factory=lambda: Smooth(_DECODE_TOKENS_S))
+    hold_s: Smooth = field(default_factory=lambda: Smooth(_HOLD_S))
+    window: int | None = None  # leases at once, once it was late; None: as many as it claims
+    _since: int = 0  # first tokens in time or late since the window was last changed
+
+    def began(self, *, tokens: int, ahead: int, took_s: float, running: int) -> None:
+        """A first token came `took_s` after its lease began.
+
+        `tokens` of its prompt were fresh, `ahead` more were being read for others when it began,
+        and `running` leases were on the node.
+        """
+        self._since += 1
+        expected_s = (tokens + ahead) / self.prefill_tokens_s.value
+        late = took_s > max(_LATE_MIN_S, _LATE * expected_s)
+        if late and self.prefill_tokens_s.samples:
+            if self.window is None or self._since >= self.window:
+                self.window, self._since = max(1, int(running * _NARROW)), 0
+            return
+        if self.window is not None and running >= self.window:
+            self.window += 1
+        if tokens >= _SAMPLE_TOKENS_MIN and took_s > 0:
+            self.prefill_tokens_s.observe((tokens + ahead) / took_s)
+
+    def ended(self, *, tokens: int, wrote_s: float, held_s: float) -> None:
+        """A lease ended that wrote `tokens` after its first one in `wrote_s` seconds."""
+        if tokens > 0 and wrote_s > 0:
+            self.decode_tokens_s.observe(tokens / wrote_s)
+        if held_s > 0:
+            self.hold_s.observe(held_s)
+
+    def slots(self, claimed: int) -> int:
+        """How many leases the node may have at once, of those that it claims."""
+        return claimed if self.window is None else min(claimed, self.window)
+
+    def read_s(self, tokens: int) -> float:
+        """How long it takes to read so many fresh tokens."""
+        return tokens / self.prefill_tokens_s.value
+
+    def free_s(self, slots: int) -> float:
+        """How long it takes until one of so many busy slots is free, on average."""
+        return self.hold_s.value / max(1, slots)

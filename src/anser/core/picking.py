@@ -1,0 +1,156 @@
+"""Which request a free slot goes to, and which free slot a request: one decision, with its reason.
+
+Theory of operation
+-------------------
+*A slot becomes free* (`next`). The leaves in the window are looked at, the least key first. A light
+one, with no more waiting and running than its fair number of leases, takes the slot at once, unless
+its request gains by waiting for the node that has its beginning. Otherwise the slot goes to the one
+whose request gains most on this node. While the slot is an express one, or the node has much to
+read for members that are not light, only light ones may have it, and it stays empty rather.
+
+*A request arrives* (`place`). Of the free slots, it gets the one where it is likely to end first:
+what the node has to read, what of the request's own prompt is fresh there, and how fast it writes.
+
+*Batch* requests get what the others leave, and a twentieth of all service in any case (`bands`).
+
+*Hold* is ski rental: a request waits for its home at most as long as its cached beginning would
+save (so it never loses more than twice what the best choice in hindsight would have cost), and only
+if the home is expected to have a slot by then.
+
+Everything here chooses among those whom the window lets through; none of it moves a key.
+"""
+
+from __future__ import annotations
+
+import heapq
+from dataclasses import dataclass, field
+from itertools import islice
+
+from anser.core.account import Account
+from anser.core.bands import Bands
+from anser.core.events import Rule, Why
+from anser.core.fairness import Shares
+from anser.core.job import Job
+from anser.core.rules import Rules
+from anser.core.slots import Lane, NodeSlots, Slots
+
+__all__ = ["Picker"]
+
+_FREE_NODES_MAX = 8  # compared for one request
+
+
+@dataclass(slots=True)
+class Picker:
+    """The rules that choose, over the shares and the slots of one scheduler."""
+
+    rules: Rules
+    shares: Shares
+    slots: Slots
+    bands: Bands = field(default_factory=Bands)
+    _held: list[tuple[float, int, Job]] = field(default_factory=list[tuple[float, int, Job]])
+
+    def is_light(self, job: Job, *, more: int = 0) -> bool:
+        """Whether what its member has in flight is within its share of the slots for its model."""
+        if job.lane.batch:
+            return False
+        leaf = job.account
+        in_flight = leaf.queued + leaf.running + more
+        return in_flight <= 1 or in_flight <= self.shares.share(leaf) * job.lane.supply.slots
+
+    def is_closed(self, node: NodeSlots) -> bool:
+        """Whether only light members may have a slot of this node now."""
+        rules = self.rules
+        if not rules.light_first:
+            return False
+        if node.reading_heavy > rules.gate_s * node.pace.prefill_tokens_s.value:
+            return True
+        if node.slots <= 1 or self.shares.awake <= 1:
+            return False
+        return node.free <= max(1, int(rules.express * node.slots)) and rules.express > 0
+
+    def next(self, node: NodeSlots, now: float) -> tuple[Job, Why] | None:
+        """Who gets a free slot of `node`, and why; None leaves it empty."""
+        lanes = self.slots.waiting_for(node)
+        batch = [lane for lane in lanes if lane.batch]
+        if not batch:
+            return self._next(node, lanes, now)
+        others = [lane for lane in lanes if not lane.batch]
+        if self.bands.batch_share(now) < self.rules.batch_share:
+            return self._next(node, batch, now) or self._next(node, others, now)
+        return self._next(node, others, now) or self._next(node, batch, now)
+
+    def _next(self, node: NodeSlots, lanes: list[Lane], now: float) -> tuple[Job, Why] | None:
+        closed, best, gain_most, first, rivals = self.is_closed(node), None, 0, None, 0
+        rules = self.rules
+        for leaf in self.shares.window(lanes, window=rules.window, most=rules.candidates):
+            place, gain = leaf.choice(lanes, node.bit, waited_since=now - rules.patience_s)
+            assert isinstance(place, Job)
+            first = leaf if first is None else first
+            rivals += 1
+            if rules.light_first and self.is_light(place):
+                if not self._holds(place, node, now):
+                    return place, self._why(Rule.LIGHT, place, first, gain, rivals)
+            elif not closed and (best is None or gain > gain_most):
+                best, gain_most = place, gain
+        if best is None or first is None:
+            return None
+        rule = Rule.LEAST if best.account is first else Rule.NEAREST
+        return best, self._why(rule, best, first, gain_most, rivals)
+
+    def place(self, job: Job, now: float, *, light: bool) -> NodeSlots | None:
+        """The free slot that `job` should have, if there is one for it now."""
+        nodes = self._open_nodes(job, light=light)
+        if not nodes:
+            return None
+        node = nodes[0] if len(nodes) == 1 else min(nodes, key=lambda n: self._finish_s(job, n))
+        return None if light and self._holds(job, node, now) else node
+
+    def released(self, now: float) -> list[Job]:
+        """Those whose time to wait for their home is over."""
+        over: list[Job] = []
+        while self._held and self._held[0][0] <= now:
+            over.append(heapq.heappop(self._held)[2])
+        return over
+
+    def _open_nodes(self, job: Job, *, light: bool) -> list[NodeSlots]:
+        free = self.slots.freest(job.lane)
+        if not self.rules.nearest:
+            return list(islice(free, 1))
+        nodes = dict.fromkeys(islice(free, _FREE_NODES_MAX))
+        if job.homes and nodes:
+            homes = self.slots.with_bits(job.homes)
+            nodes |= {n: None for n in homes if n.free and self._serves(n, job.lane)}
+        return [node for node in nodes if light or not self.is_closed(node)]
+
+    def _finish_s(self, job: Job, node: NodeSlots) -> float:
+        output = min(job.account.output.value, job.request.output_tokens_max)
+        reading_s = node.pace.read_s(node.reading + job.fresh_on(node))
+        return reading_s + output / node.pace.decode_tokens_s.value
+
+    def _holds(self, job: Job, node: NodeSlots, now: float) -> bool:
+        """Whether `job` rather waits for a home of its beginning than to start on `node`."""
+        if not self.rules.hold or not job.homes or job.homes & node.bit:
+            return False
+        homes = [n for n in self.slots.with_bits(job.homes) if self._serves(n, job.lane)]
+        if not homes:
+            return False
+        if job.hold_until is None:
+            job.hold_until = now + node.pace.read_s(job.hit)
+            heapq.heappush(self._held, (job.hold_until, job.key, job))
+        expected_s = min(home.pace.free_s(home.slots) for home in homes)
+        return now + expected_s < job.hold_until
+
+    @staticmethod
+    def _serves(node: NodeSlots, lane: Lane) -> bool:
+        return node.id in lane.supply.nodes and lane.open_to(node)
+
+    @staticmethod
+    def _why(rule: Rule, job: Job, first: Account, gain: int, rivals: int) -> Why:
+        pool = job.lane.pool
+        return Why(
+            rule=rule,
+            key=job.account.key_in(pool),
+            least_key=first.key_in(pool),
+            rivals=rivals - 1,
+            cached_tokens=max(0, gain),
+        )
