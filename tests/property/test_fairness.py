@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter, defaultdict
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -24,7 +24,7 @@ from anser.core.events import (
 from anser.core.fairness import price
 from anser.core.ledger import Usage
 from anser.core.members import ancestry
-from anser.core.rules import STRICT
+from anser.core.rules import DESIGN, STRICT, Rules
 from anser.core.scheduler import Scheduler
 
 WEIGHTS = (1_000, 2_000, 4_000)
@@ -74,7 +74,8 @@ class World:
     loss: float  # of a lease
     pause: float  # of a member, per step
     surprise: float  # the largest part of a prompt that turns out to be cached
-    scheduler: Scheduler = field(default_factory=lambda: Scheduler(10_000, 1_000, STRICT))
+    rules: Rules
+    scheduler: Scheduler = field(init=False)
     now: float = 0.0
     requests: int = 0
     members: dict[str, tuple[int, int]] = field(default_factory=dict)  # prompt, output at most
@@ -87,6 +88,9 @@ class World:
     returned: Counter[str] = field(default_factory=Counter)  # the largest R ever
     gaps: dict[tuple[str, str], Gap] = field(default_factory=dict)
     worst: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.scheduler = Scheduler(10_000, 1_000, self.rules)
 
     def build(self) -> None:
         """Choose nodes, members and weights.
@@ -191,10 +195,16 @@ class World:
     def slack(self, f: str, g: str) -> int:
         """What a lift may be off by, because a third one's key held what was given back later.
 
-        And the rounding: keys are whole micro-credits per share, four units here.
+        And the window on both sides, and the rounding: keys are whole micro-credits per share, four
+        units here.
         """
         others = [name for name in self.weights if parent(name) == parent(f) and name not in (f, g)]
-        return 8 + max((self.returned[name] * self.shares[name] for name in others), default=0)
+        window = 2 * 4 * self.rules.window
+        return (
+            8
+            + window
+            + max((self.returned[name] * self.shares[name] for name in others), default=0)
+        )
 
 
 def parent(member: str) -> str:
@@ -202,21 +212,22 @@ def parent(member: str) -> str:
     return member.rpartition("/")[0]
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(
     seed=st.integers(0, 2**32),
     loss=st.sampled_from((0.0, 0.05)),
     pause=st.sampled_from((0.0, 0.3)),
     surprise=st.sampled_from((0.0, 1.0)),
+    rules=st.sampled_from((STRICT, DESIGN, replace(DESIGN, window=100 * 1_000_000))),
 )
 def test_members_that_wait_stay_within_the_bound(
-    seed: int, loss: float, pause: float, surprise: float
+    seed: int, loss: float, pause: float, surprise: float, rules: Rules
 ) -> None:
-    """|W_f/phi_f - W_g/phi_g| <= (U_f+R_f)/phi_f + (U_g+R_g)/phi_g for siblings while both wait.
+    """|W_f/phi_f - W_g/phi_g| <= (U_f+R_f)/phi_f + (U_g+R_g)/phi_g + 2Q while both siblings wait.
 
     U is the price of what runs at the last dispatch; R, what was charged and will be given back.
     """
-    world = World(random.Random(seed), loss, pause, surprise)
+    world = World(random.Random(seed), loss, pause, surprise, rules)
     world.build()
     for _ in range(50):
         world.step()
