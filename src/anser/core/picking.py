@@ -60,13 +60,13 @@ class Picker:
     def is_closed(self, node: NodeSlots) -> bool:
         """Whether only light members may have a slot of this node now."""
         rules = self.rules
-        if not rules.light_first:
+        if not rules.light_first or self.shares.awake <= 1:
             return False
         if node.reading_heavy > rules.gate_s * node.pace.prefill_tokens_s.value:
             return True
-        if node.slots <= 1 or self.shares.awake <= 1:
+        if node.slots <= 1 or not rules.express:
             return False
-        return node.free <= max(1, int(rules.express * node.slots)) and rules.express > 0
+        return node.free <= max(1, int(rules.express * node.slots))
 
     def next(self, node: NodeSlots, now: float) -> tuple[Job, Why] | None:
         """Who gets a free slot of `node`, and why; None leaves it empty."""
