@@ -2,10 +2,10 @@
 
 Theory of operation
 -------------------
-A node has slots, shared by all models that it serves. For each model, `Supply` keeps its nodes in
-levels of free share (free / slots, in 64ths), with one bit per level that is not empty, so the
-node with most to spare is one `bit_length` away. A level changes only when a slot is taken or
-given back, and then once per model of that node.
+A node has slots, shared by all models that it serves. Nodes that serve the same models stand on one
+`Shelf`, in levels of free share (free / slots, in 64ths), with one bit per level that is not empty,
+so the node with most to spare is one `bit_length` away. A level changes only when a slot is taken
+or given back, however many models the node serves. `Supply` is what all shelves offer of one model.
 
 A `Lane` is a set of waiting requests that may run on the same nodes: one model, less the nodes on
 which they have failed before. Where those are all that serve the model, failing again beats
@@ -16,9 +16,9 @@ A node that drains and a node that is gone look alike from here: no slots, no mo
 stays while leases still hold slots on it, so that a node which returns before they are reported
 is not booked twice.
 
-Invariants: a slot is taken only where one is free; a node is in exactly one level of each of its
-supplies while it has a free slot, else in none; a record exists only with slots or leases; a
-supply exists only with nodes or lanes.
+Invariants: a slot is taken only where one is free; a node is in exactly one level of its shelf
+while it has a free slot, else in none; a record exists only with slots or leases; a supply exists
+only with nodes or lanes, a shelf only with nodes.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from dataclasses import dataclass, field
 from anser.core.pace import Pace
 from anser.core.virtual import Pool
 
-__all__ = ["Lane", "Moved", "NodeSlots", "Slots", "Supply"]
+__all__ = ["Lane", "Moved", "NodeSlots", "Shelf", "Slots", "Supply"]
 
 _LEVELS = 64
 _NO_NODES: frozenset[str] = frozenset()
@@ -42,7 +42,7 @@ class NodeSlots:
     id: str
     slots: int = 0  # that may be used: what it claims, as far as it keeps that
     taken: int = 0
-    supplies: tuple[Supply, ...] = ()
+    shelf: Shelf | None = None  # of those that serve the same models; None: it serves nothing now
     level: int = 0
     claimed: int = 0
     bit: int = 0  # in `Place.homes`
@@ -54,6 +54,11 @@ class NodeSlots:
     def free(self) -> int:
         """Slots that may be taken now; none while it has shrunk below what it runs."""
         return max(0, self.slots - self.taken)
+
+    @property
+    def supplies(self) -> tuple[Supply, ...]:
+        """What it serves now."""
+        return self.shelf.supplies if self.shelf else ()
 
     def __repr__(self) -> str:
         return f"<NodeSlots {self.id} {self.taken}/{self.slots}>"
@@ -88,19 +93,32 @@ class Lane:
 
 @dataclass(slots=True, eq=False, repr=False)
 class Supply:
-    """What the nodes offer of one model, by level of free share, and the lanes that wait for it."""
+    """What all nodes together offer of one model, and the lanes that wait for it."""
 
     model: str
     pool: Pool
     nodes: dict[str, NodeSlots] = field(default_factory=dict[str, NodeSlots])
+    shelves: dict[Shelf, None] = field(default_factory=dict["Shelf", None])
     lanes: dict[tuple[frozenset[str], bool], Lane] = field(
         default_factory=dict[tuple[frozenset[str], bool], Lane]
     )
     slots: int = 0  # of all its nodes
+
+    def __repr__(self) -> str:
+        return f"<Supply {self.model}: {len(self.nodes)} nodes, {len(self.lanes)} lanes>"
+
+
+@dataclass(slots=True, eq=False, repr=False)
+class Shelf:
+    """Nodes that serve the same models, by level of free share."""
+
+    supplies: tuple[Supply, ...]
+    nodes: int = 0
     levels: dict[int, dict[NodeSlots, None]] = field(
         default_factory=dict[int, dict[NodeSlots, None]]
     )
     levels_mask: int = 0
+    waiting: dict[Supply, None] = field(default_factory=dict[Supply, None])  # those with lanes
 
     def move(self, node: NodeSlots, *, old: int, new: int) -> None:
         """Put `node` from level `old` into level `new`; 0 is no level."""
@@ -114,7 +132,7 @@ class Supply:
             self.levels_mask |= 1 << new
 
     def __repr__(self) -> str:
-        return f"<Supply {self.model}: {len(self.nodes)} nodes, {len(self.lanes)} lanes>"
+        return f"<Shelf of {self.nodes} nodes, {len(self.supplies)} models>"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -141,6 +159,7 @@ class Slots:
         self._nodes: dict[str, NodeSlots] = {}
         self._supplies: dict[str, Supply] = {}
         self._by_bit: dict[int, NodeSlots] = {}
+        self._shelves: dict[tuple[str, ...], Shelf] = {}  # by models
         self._pools = 0
         self._moved: list[Moved] = []
 
@@ -150,16 +169,10 @@ class Slots:
         if bit:
             node.bit = bit
             self._by_bit[bit] = node
-        self._place(node, level=0)
         former = node.supplies
-        for supply in former:
-            del supply.nodes[id]
-            supply.slots -= node.slots
+        self._take_down(node)
         node.claimed, node.slots = slots, node.pace.slots(slots)
-        node.supplies = tuple(map(self._supply, sorted(set(models)))) if slots else ()
-        for supply in node.supplies:
-            supply.nodes[id] = node
-            supply.slots += node.slots
+        self._put_up(node, tuple(sorted(set(models))) if slots else ())
         self._settle(node)
         for supply in former:
             self._forget_supply(supply)
@@ -201,8 +214,11 @@ class Slots:
 
     def wait(self, lane: Lane) -> None:
         """One more request waits in `lane`, as `lane()` has just returned it."""
-        self._supplies[lane.supply.model] = lane.supply
-        lane.supply.lanes[lane.excluded, lane.batch] = lane
+        supply = self._supplies[lane.supply.model] = lane.supply
+        if not supply.lanes:
+            for shelf in supply.shelves:
+                shelf.waiting[supply] = None
+        supply.lanes[lane.excluded, lane.batch] = lane
         lane.waiting += 1
 
     def leave(self, lane: Lane) -> None:
@@ -210,26 +226,32 @@ class Slots:
         assert lane.waiting > 0
         lane.waiting -= 1
         if not lane.waiting:
-            del lane.supply.lanes[lane.excluded, lane.batch]
-            self._forget_supply(lane.supply)
+            supply = lane.supply
+            del supply.lanes[lane.excluded, lane.batch]
+            if not supply.lanes:
+                for shelf in supply.shelves:
+                    del shelf.waiting[supply]
+            self._forget_supply(supply)
 
     def freest(self, lane: Lane) -> Iterator[NodeSlots]:
         """The nodes open to `lane` that have a free slot, the largest free share first."""
-        supply = lane.supply
-        mask = supply.levels_mask
+        shelves = lane.supply.shelves
+        mask = 0
+        for shelf in shelves:
+            mask |= shelf.levels_mask
         while mask:
             level = mask.bit_length() - 1
-            for node in supply.levels[level]:
-                if lane.open_to(node):
-                    yield node
+            for shelf in shelves:
+                for node in shelf.levels.get(level, ()):
+                    if lane.open_to(node):
+                        yield node
             mask ^= 1 << level
 
     def waiting_for(self, node: NodeSlots) -> list[Lane]:
         """The lanes in which something waits that may run on `node`."""
         return [
             lane
-            for supply in node.supplies
-            if supply.lanes
+            for supply in (node.shelf.waiting if node.shelf else ())
             for lane in supply.lanes.values()
             if lane.open_to(node)
         ]
@@ -287,6 +309,7 @@ class Slots:
             assert node.level == _level(node)
             assert node.slots == node.pace.slots(node.claimed)
             assert 0 <= node.reading_heavy <= node.reading
+            assert node.shelf is None or node.shelf in self._shelves.values()
             assert all(self._supplies.get(supply.model) is supply for supply in node.supplies)
             assert all(supply.nodes.get(id) is node for supply in node.supplies)
         for model, supply in self._supplies.items():
@@ -295,6 +318,11 @@ class Slots:
             assert supply.model == model
             assert supply.nodes or supply.lanes
             _validate_supply(supply)
+        for models, shelf in self._shelves.items():
+            assert tuple(supply.model for supply in shelf.supplies) == models
+            nodes = [node for node in self._nodes.values() if node.shelf is shelf]
+            assert len(nodes) == shelf.nodes > 0
+            _validate_shelf(shelf, nodes)
 
     def _all(self) -> Iterable[Supply]:
         return self._supplies.values()
@@ -319,8 +347,38 @@ class Slots:
         old = node.level
         if level != old:
             node.level = level
-            for supply in node.supplies:
-                supply.move(node, old=old, new=level)
+            if node.shelf is not None:
+                node.shelf.move(node, old=old, new=level)
+
+    def _take_down(self, node: NodeSlots) -> None:
+        """It serves nothing, for now."""
+        self._place(node, level=0)
+        shelf, node.shelf = node.shelf, None
+        if shelf is None:
+            return
+        shelf.nodes -= 1
+        for supply in shelf.supplies:
+            del supply.nodes[node.id]
+            supply.slots -= node.slots
+            if not shelf.nodes:
+                del supply.shelves[shelf]
+        if not shelf.nodes:
+            del self._shelves[tuple(supply.model for supply in shelf.supplies)]
+
+    def _put_up(self, node: NodeSlots, models: tuple[str, ...]) -> None:
+        """It serves these models."""
+        if not models:
+            return
+        shelf = self._shelves.get(models)
+        if shelf is None:
+            shelf = self._shelves[models] = Shelf(tuple(map(self._supply, models)))
+            shelf.waiting = {supply: None for supply in shelf.supplies if supply.lanes}
+        node.shelf = shelf
+        shelf.nodes += 1
+        for supply in shelf.supplies:
+            supply.nodes[node.id] = node
+            supply.shelves[shelf] = None
+            supply.slots += node.slots
 
     def _forget_supply(self, supply: Supply) -> None:
         if self._supplies.get(supply.model) is supply and not supply.nodes and not supply.lanes:
@@ -356,8 +414,8 @@ def _group(supply: Supply) -> set[Supply]:
     """All that compete for slots with `supply`, directly or by way of others."""
     group, found = {supply}, [supply]
     for one in found:  # which grows meanwhile
-        for node in one.nodes.values():
-            new = [other for other in node.supplies if other not in group]
+        for shelf in one.shelves:
+            new = [other for other in shelf.supplies if other not in group]
             group.update(new)
             found += new
     return group
@@ -375,8 +433,14 @@ def _validate_supply(supply: Supply) -> None:
         assert lane.waiting > 0
         assert lane.supply is supply
         assert lane.excluded == excluded
-    for number, level in supply.levels.items():
-        assert bool(level) == bool(supply.levels_mask >> number & 1)
+    assert all(supply in shelf.supplies for shelf in supply.shelves)
+    assert all((supply in shelf.waiting) == bool(supply.lanes) for shelf in supply.shelves)
+
+
+def _validate_shelf(shelf: Shelf, nodes: list[NodeSlots]) -> None:
+    for number, level in shelf.levels.items():
+        assert bool(level) == bool(shelf.levels_mask >> number & 1)
         assert all(node.level == number for node in level)
-    placed = {node.id for level in supply.levels.values() for node in level}
-    assert placed == {node.id for node in supply.nodes.values() if node.free}
+    placed = {node.id for level in shelf.levels.values() for node in level}
+    assert placed == {node.id for node in nodes if node.free}
+    assert all(shelf in supply.shelves for supply in shelf.supplies)
