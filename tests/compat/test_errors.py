@@ -152,6 +152,12 @@ def test_closing_a_stream_frees_the_slot(client: openai.OpenAI, server: Server) 
     assert 3 <= receipt["usage"]["completion_tokens"] <= 40
 
 
+def waiting(server: Server) -> int:
+    """How many wait of seven that ask, once all of them are here."""
+    pool = server.pool()
+    return int(pool["queued"]) if pool["queued"] + pool["running"] == 7 else 0
+
+
 async def test_leaving_the_queue_takes_its_place_away(
     aclient: openai.AsyncOpenAI, server: Server
 ) -> None:
@@ -162,7 +168,8 @@ async def test_leaving_the_queue_takes_its_place_away(
 
     async with asyncio.TaskGroup() as group:
         tasks = [group.create_task(ask()) for _ in range(7)]
-        await asyncio.to_thread(wait_until, lambda: server.pool()["queued"] == 3)
+        # Of its four slots the last may be kept for somebody else who was there a moment ago.
+        await asyncio.to_thread(wait_until, lambda: waiting(server) in (3, 4))
         for task in tasks:
             task.cancel()
     await asyncio.to_thread(wait_until, lambda: idle(server), within_s=5)

@@ -43,6 +43,7 @@ def chat(text: str, *, max_tokens: int = 8) -> Call:
             "model": "small",
             "messages": [{"role": "user", "content": text}],
             "max_tokens": max_tokens,
+            "temperature": 0,  # or it may have nothing to say, and begin with its end
             "stream": True,
             "stream_options": {"include_usage": True},
             "n": 1,
