@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import msgspec
 
@@ -23,8 +23,10 @@ from anser.api.tools import engine_format, engine_tools
 from anser.core.errors import ContextTooLong, InvalidField, UnknownField
 from anser.core.fleet import Ability
 from anser.core.limits import PROMPTS_MAX
+from anser.core.prefix import chain
 from anser.core.sampling import HINTS, sampling_fields
 from anser.ports import Route
+from anser.services.caches import chain_salt, engine_salt
 from anser.services.gateway import Demand
 
 __all__ = ["Asked", "Asker", "ask_chat", "ask_completion", "estimate_tokens", "plain_texts"]
@@ -48,6 +50,11 @@ class Asker:
         """Whether unknown fields are dropped instead of refused."""
         return self.services.config.gateway.unknown_fields == "drop"
 
+    @property
+    def shares_caches(self) -> bool:
+        """Whether all members share the engines' prompt caches."""
+        return self.services.config.gateway.cache_sharing == "platform"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Asked:
@@ -62,10 +69,18 @@ class Asked:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Prompt:
-    """One prompt in an engine's body, and the number of characters a tokenizer will see."""
+    """One prompt in an engine's body, and the number of characters a tokenizer will see.
+
+    What is the same in all turns of a conversation comes first, so that the text of each turn
+    (`canonical`) begins as that of the turn before.
+    """
 
     body: dict[str, object]
     chars: int
+
+    def canonical(self) -> bytes:
+        """The text by which prompts are compared."""
+        return msgspec.json.encode(self.body)
 
 
 def estimate_tokens(size_bytes: int) -> int:
@@ -80,9 +95,9 @@ def ask_chat(asker: Asker, body: dict[str, object]) -> Asked:
     messages = [engine_message(message) for message in fields.messages]
     prompt = _Prompt(
         body={
-            "messages": messages,
             **engine_tools(fields.tools, fields.tool_choice),
             **engine_format(fields.response_format),
+            "messages": messages,
         },
         chars=sum(len(str(message.get("content", ""))) for message in messages),
     )
@@ -150,24 +165,33 @@ class _Job:
     ) -> Iterator[Demand]:
         each = self.fields.n or 1
         total = len(prompts) * each
-        for index in range(total):
-            prompt = prompts[index // each]
-            size_bytes = len(msgspec.json.encode(prompt.body))
-            tokens = estimate_tokens(size_bytes)
-            maximum = self._maximum(prompt, tokens, model)
-            body = {**common, **prompt.body, "max_tokens": maximum}
-            if self.fields.seed is not None:
-                body["seed"] = _seed(self.fields.seed, index)
-            yield Demand(
-                id=self.asker.request_id if total == 1 else f"{self.asker.request_id}-{index}",
-                member=self.asker.member,
-                route=self.route,
-                model=model.model,
-                body=body,
-                prompt_tokens=tokens,
-                prompt_bytes=size_bytes,
-                output_tokens_max=maximum,
-            )
+        for index, prompt in enumerate(prompts):
+            first = self._demand(prompt, common, model)
+            for at in range(index * each, (index + 1) * each):
+                body = first.body
+                if self.fields.seed is not None:
+                    body = {**body, "seed": _seed(self.fields.seed, at)}
+                yield replace(first, id=first.id if total == 1 else f"{first.id}-{at}", body=body)
+
+    def _demand(self, prompt: _Prompt, common: dict[str, object], model: Served) -> Demand:
+        """What all answers to one prompt have in common."""
+        asker, text = self.asker, prompt.canonical()
+        tokens = estimate_tokens(len(text))
+        maximum = self._maximum(prompt, tokens, model)
+        shared = asker.shares_caches
+        salt = None if shared else engine_salt(asker.member, pepper=asker.services.members.pepper)
+        return Demand(
+            id=asker.request_id,
+            member=asker.member,
+            route=self.route,
+            model=model.model,
+            body={**common, **prompt.body, "max_tokens": maximum},
+            prompt_tokens=tokens,
+            prompt_bytes=len(text),
+            output_tokens_max=maximum,
+            chain=chain(text, salt=chain_salt(model.model, asker.member, shared=shared)),
+            cache_salt=salt,
+        )
 
     def _maximum(self, prompt: _Prompt, tokens: int, model: Served) -> int:
         """The longest answer, in tokens. Raises ContextTooLong where the excess is certain."""

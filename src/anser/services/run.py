@@ -8,9 +8,10 @@ from dataclasses import dataclass, field
 
 from anser.core.errors import AnserError, EngineError, QueueTimeout
 from anser.core.events import Lease
-from anser.core.fleet import Offer
+from anser.core.fleet import EngineKind, Offer
 from anser.core.ledger import LeaseRecord, Outcome, Receipt, Usage
 from anser.core.limits import START_WAIT_S
+from anser.core.prefix import Chain
 from anser.ports import Call, Clock, Route
 from anser.services.chunks import Tally
 from anser.services.reservation import Reservation
@@ -33,6 +34,8 @@ class Demand:
     prompt_tokens: int
     prompt_bytes: int
     output_tokens_max: int
+    chain: Chain = ()  # its prompt's blocks, if caches are kept of such prompts
+    cache_salt: str | None = None  # for engines that keep caches apart by it
 
 
 @dataclass(slots=True)
@@ -164,6 +167,8 @@ class Run:
 def call_for(demand: Demand, lease: Lease, offer: Offer) -> Call:
     """The demand in the engine's own names; usage is always asked for, n is always 1."""
     body = {**demand.body, "model": offer.engine_model}
+    if demand.cache_salt is not None and offer.engine is EngineKind.VLLM:
+        body["cache_salt"] = demand.cache_salt
     if demand.route is not Route.EMBEDDINGS:
         body |= {"stream": True, "stream_options": {"include_usage": True}, "n": 1}
     return Call(lease=lease.id, route=demand.route, body=body)

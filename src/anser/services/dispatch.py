@@ -1,0 +1,117 @@
+"""The requests in flight, and what the scheduler decides for them.
+
+Theory of operation. Whatever happens to a request is told to the scheduler here, and nowhere else
+(`tell`): each of its decisions wakes the request's own task, by the future that it waits for. So
+a request that waits learns within one call that it has a slot, or that it will never have one.
+
+Invariants: the scheduler knows no request that is not in flight here.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from anser.core.errors import AnserError, Overloaded
+from anser.core.events import (
+    Decision,
+    Event,
+    NodeChanged,
+    NodeGone,
+    Refused,
+    Request,
+    Start,
+    Submitted,
+    Weighed,
+)
+from anser.core.scheduler import Scheduler
+from anser.ports import Clock
+from anser.services.run import Run
+
+__all__ = ["Dispatch"]
+
+_RETRY_AFTER_S = 5.0
+
+
+@dataclass(slots=True, kw_only=True)
+class Dispatch:
+    """The scheduler's voice: what it decides reaches the request that it is about."""
+
+    scheduler: Scheduler
+    clock: Clock
+    hopeless: Callable[[str], AnserError | None]  # why a model will not be served soon, if so
+    empty: asyncio.Event = field(default_factory=asyncio.Event)
+    runs: dict[str, Run] = field(default_factory=dict[str, Run])
+
+    def __post_init__(self) -> None:
+        self.empty.set()
+
+    def __repr__(self) -> str:
+        return f"<Dispatch runs={len(self.runs)} {self.scheduler!r}>"
+
+    def validate(self) -> None:
+        """Assert the invariants of the module's docstring."""
+        self.scheduler.validate()
+        assert self.scheduler.queued + self.scheduler.running <= len(self.runs), self
+        assert self.empty.is_set() == (not self.runs), self
+
+    def submit(self, run: Run, request: Request) -> None:
+        """Let `run` start or wait. Raises what it is refused for at once: it was never here."""
+        self.runs[request.id] = run
+        self.empty.clear()
+        self.tell(Submitted(request=request))
+        if run.ready.done() and (refusal := run.ready.exception()) is not None:
+            self.remove(run)
+            raise refusal
+
+    def remove(self, run: Run) -> None:
+        """It has ended."""
+        del self.runs[run.demand.id]
+        if not self.runs:
+            self.empty.set()
+
+    def tell(self, event: Event) -> list[Refused]:
+        """Give the scheduler an event and act on all of its decisions; returns its refusals."""
+        refusals: list[Refused] = []
+        for decision in self.scheduler.handle(event, self.clock.now()):
+            self._act(decision, refusals)
+        return refusals
+
+    def weighed(self, member: str, weight: int) -> None:
+        """A member's weight among its siblings, from now on."""
+        self.tell(Weighed(member=member, weight=weight))
+
+    def fleet_changed(self, event: NodeChanged | NodeGone) -> None:
+        """What a node lends has changed; whoever waits for what will not come is told so."""
+        self.tell(event)
+        for run in self.runs.values():
+            if run.lease is None and not run.ready.done():
+                hopeless = self.hopeless(run.demand.model)
+                if hopeless is not None:
+                    run.ready.set_exception(hopeless)
+
+    def wall_ms(self) -> int:
+        """Unix time in milliseconds."""
+        return int(self.clock.wall() * 1_000)
+
+    def _act(self, decision: Decision, refusals: list[Refused]) -> None:
+        match decision:
+            case Start(lease=lease):
+                run = self.runs[lease.request]
+                run.lease, run.lease_started_ms = lease, run.moment(self.wall_ms())
+                run.told = 0
+                if not run.ready.done():  # else its client has just left
+                    run.ready.set_result(lease)
+            case Refused(request=request, code="overloaded"):
+                message = "This platform has as many requests waiting as it takes."
+                refused = Overloaded(
+                    message, retry_after_s=decision.retry_after_s or _RETRY_AFTER_S
+                )
+                run = self.runs[request]
+                if not run.ready.done():  # else its client has just left
+                    run.ready.set_exception(refused)
+            case Refused():
+                refusals.append(decision)
+            case _:  # Abort: the request's own task stops its engine
+                pass
