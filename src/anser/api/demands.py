@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from math import inf, nan
 
 import msgspec
 
 from anser.api.checks import check_fields
 from anser.api.context import Services
+from anser.api.exchange import Exchange
 from anser.api.fields import (
     CHAT_FORWARDED,
     COMPLETION_FORWARDED,
@@ -28,12 +30,22 @@ from anser.core.sampling import HINTS, sampling_fields
 from anser.ports import Route
 from anser.services.caches import chain_salt, engine_salt
 from anser.services.gateway import Demand
+from anser.services.members import Principal
 
-__all__ = ["Asked", "Asker", "ask_chat", "ask_completion", "estimate_tokens", "plain_texts"]
+__all__ = [
+    "Asked",
+    "Asker",
+    "ask_chat",
+    "ask_completion",
+    "asker_of",
+    "estimate_tokens",
+    "plain_texts",
+]
 
 _BYTES_PER_TOKEN = 4
 _CHARS_PER_TOKEN_MAX = 256  # the longest entries of vocabularies in use are half as long
 _COMPLETION_TOKENS_DEFAULT = 16  # as OpenAI documents it for /v1/completions
+_DEADLINE = "x-anser-deadline"
 _ROOM_MIN = 16  # a default maximum is never made smaller than this
 
 
@@ -44,6 +56,7 @@ class Asker:
     services: Services
     member: str
     request_id: str
+    deadline: float | None = None  # monotonic seconds
 
     @property
     def drops_unknown(self) -> bool:
@@ -81,6 +94,16 @@ class _Prompt:
     def canonical(self) -> bytes:
         """The text by which prompts are compared."""
         return msgspec.json.encode(self.body)
+
+
+def asker_of(exchange: Exchange, principal: Principal) -> Asker:
+    """Who asks, and until when; taken before the body is read. Raises InvalidField."""
+    return Asker(
+        services=exchange.services,
+        member=principal.member,
+        request_id=exchange.id,
+        deadline=_deadline(exchange),
+    )
 
 
 def estimate_tokens(size_bytes: int) -> int:
@@ -191,6 +214,7 @@ class _Job:
             output_tokens_max=maximum,
             chain=chain(text, salt=chain_salt(model.model, asker.member, shared=shared)),
             cache_salt=salt,
+            deadline=asker.deadline,
         )
 
     def _maximum(self, prompt: _Prompt, tokens: int, model: Served) -> int:
@@ -222,6 +246,20 @@ class _Job:
                 message = f"Not every engine that serves {model.model} reads {name} ({kinds})."
                 raise UnknownField(message, param=name)
         return found
+
+
+def _deadline(exchange: Exchange) -> float | None:
+    text = exchange.header(_DEADLINE.encode())
+    if text is None:
+        return None
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = nan
+    if not 0.0 < seconds < inf:  # false for NaN
+        message = f"`{_DEADLINE}` is how many seconds from now the first token is of use: above 0."
+        raise InvalidField(message, param=_DEADLINE)
+    return exchange.services.clock.now() + seconds
 
 
 def _check_logprobs(fields: ChatFields) -> None:

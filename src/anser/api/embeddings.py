@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import msgspec
 
 from anser.api.checks import check_fields
-from anser.api.demands import Asker, estimate_tokens, plain_texts
+from anser.api.demands import Asker, asker_of, estimate_tokens, plain_texts
 from anser.api.errors import Headers
 from anser.api.exchange import Exchange
 from anser.api.fields import EmbeddingFields
@@ -48,10 +48,8 @@ _ANSWER = msgspec.json.Decoder(_Answer)
 
 async def embed(exchange: Exchange, principal: Principal) -> None:
     """POST /v1/embeddings."""
-    body = await exchange.read()
-    services = exchange.services
-    asker = Asker(services=services, member=principal.member, request_id=exchange.id)
-    fields = check_fields(body, EmbeddingFields, drop_unknown=asker.drops_unknown)
+    asker, services = asker_of(exchange, principal), exchange.services
+    fields = check_fields(await exchange.read(), EmbeddingFields, drop_unknown=asker.drops_unknown)
     demands = _demands(asker, fields)
     vectors = Vectors(fields)
     async with exchange.watched():
@@ -103,6 +101,7 @@ def _demand(asker: Asker, model: str, texts: tuple[str, ...], *, suffix: str) ->
         prompt_tokens=estimate_tokens(size_bytes),
         prompt_bytes=size_bytes,
         output_tokens_max=0,
+        deadline=asker.deadline,
     )
 
 

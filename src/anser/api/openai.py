@@ -14,7 +14,7 @@ import msgspec
 
 from anser.api import sse
 from anser.api.assemble import ChatChoice, TextChoice, usage_object
-from anser.api.demands import Asked, Asker, ask_chat, ask_completion
+from anser.api.demands import Asked, Asker, ask_chat, ask_completion, asker_of
 from anser.api.errors import Headers
 from anser.api.exchange import Exchange
 from anser.api.merge import Answers, answer_all
@@ -68,10 +68,8 @@ def node_headers(node: str, limits: dict[str, str]) -> Headers:
 
 
 async def _serve(exchange: Exchange, principal: Principal, dialect: _Dialect) -> None:
-    body = await exchange.read()
-    services = exchange.services
-    asker = Asker(services=services, member=principal.member, request_id=exchange.id)
-    asked = dialect.ask(asker, body)
+    asker, services = asker_of(exchange, principal), exchange.services
+    asked = dialect.ask(asker, await exchange.read())
     answering = _Answering(exchange, dialect, asked, int(services.clock.wall()))
     async with exchange.watched(), answer_all(services.gateway, asked) as answers:
         await (answering.stream(answers) if asked.stream else answering.whole(answers))

@@ -65,6 +65,8 @@ __all__ = [
     "RECORD_TIMEOUT_S",
     "REDIRECTS_MAX",
     "RETRIES_MAX",
+    "RETRY_AFTER_MAX_S",
+    "RETRY_AFTER_MIN_S",
     "SCHEMA_BYTES_MAX",
     "SCHEMA_ENUM_MAX",
     "SCHEMA_EXPANDED_MAX",
@@ -125,6 +127,8 @@ START_WAIT_S = 3_600.0  # for a model that is still being fetched or loaded
 FIRST_TOKEN_TIMEOUT_S = 120.0
 TOKEN_GAP_TIMEOUT_S = 30.0
 RETRIES_MAX = 3
+RETRY_AFTER_MIN_S = 1.0  # told to who is turned away from the queue, however short it is
+RETRY_AFTER_MAX_S = 600.0  # and however long
 STREAM_BUFFER_MAX = 64  # chunks between an engine and its client
 
 # What one platform holds.

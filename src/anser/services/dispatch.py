@@ -13,7 +13,7 @@ import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from anser.core.errors import AnserError, Overloaded
+from anser.core.errors import AnserError, DeadlineUnreachable, Overloaded
 from anser.core.events import (
     Decision,
     Event,
@@ -27,11 +27,9 @@ from anser.core.events import (
 )
 from anser.core.scheduler import Scheduler
 from anser.ports import Clock
-from anser.services.run import Run
+from anser.services.run import Run, come_back_s
 
 __all__ = ["Dispatch"]
-
-_RETRY_AFTER_S = 5.0
 
 
 @dataclass(slots=True, kw_only=True)
@@ -103,15 +101,20 @@ class Dispatch:
                 run.told = 0
                 if not run.ready.done():  # else its client has just left
                     run.ready.set_result(lease)
-            case Refused(request=request, code="overloaded"):
-                message = "This platform has as many requests waiting as it takes."
-                refused = Overloaded(
-                    message, retry_after_s=decision.retry_after_s or _RETRY_AFTER_S
-                )
-                run = self.runs[request]
+            case Refused(code="overloaded" | "deadline"):
+                run = self.runs[decision.request]
                 if not run.ready.done():  # else its client has just left
-                    run.ready.set_exception(refused)
+                    run.ready.set_exception(_refusal(decision))
             case Refused():
                 refusals.append(decision)
             case _:  # Abort: the request's own task stops its engine
                 pass
+
+
+def _refusal(refused: Refused) -> AnserError:
+    retry_after_s = come_back_s(refused.retry_after_s)
+    if refused.code == "overloaded":
+        message = "This platform has as many requests waiting as it takes."
+        return Overloaded(message, retry_after_s=retry_after_s)
+    message = "No slot is expected to become free by the request's deadline."
+    return DeadlineUnreachable(message, retry_after_s=retry_after_s)

@@ -27,6 +27,7 @@ from dataclasses import dataclass, field
 from anser.config import GatewaySettings
 from anser.core.errors import (
     AnserError,
+    DeadlineUnreachable,
     EngineBroken,
     EngineError,
     EngineRefused,
@@ -55,7 +56,7 @@ from anser.services.fleet import Fleet
 from anser.services.ledger import Ledger
 from anser.services.members import Members
 from anser.services.reservation import Reservation
-from anser.services.run import Demand, Patience, Run, call_for
+from anser.services.run import Demand, Patience, Run, call_for, come_back_s
 from anser.services.stats import NodeRow, Snapshot, Stats
 
 __all__ = ["Answer", "Demand", "Embedded", "Gateway", "NodeRow", "Snapshot"]
@@ -144,7 +145,7 @@ class Gateway:
         """Admit, queue and start `demand`, in a `place` if it has one; yields at its first chunk.
 
         Leaving the context before the pieces end cancels the request. Raises LimitReached,
-        ModelNotFound, NoNode, QueueTimeout, EngineError, EngineRefused, ShuttingDown.
+        ModelNotFound, EngineError, EngineRefused, and each Unavailable.
         """
         run = self._admit(demand, place)
         async with AsyncExitStack() as stream:
@@ -246,6 +247,7 @@ class Gateway:
             factor_milli=self.factor_of(demand.model),
             chain=demand.chain,
             text_bytes=demand.prompt_bytes,
+            deadline=demand.deadline,
         )
 
     def _check_model(self, model: str) -> None:
@@ -268,12 +270,13 @@ class Gateway:
         while True:
             lease = await self._lease(run)
             try:
-                async with asyncio.timeout(self.settings.first_token_timeout_s):
+                async with asyncio.timeout(self._first_token_s(run)):
                     chunks = await stream.enter_async_context(self._open(run, lease))
                     opening = await read_opening(run.tally, chunks)
                 run.began = True
                 return _Chunks(opening, chunks)
             except TimeoutError:
+                self._check_deadline(run)
                 error: EngineError = EngineStalled("The engine gave no first token in time.")
             except EngineRefused:
                 raise
@@ -300,11 +303,12 @@ class Gateway:
             lease = await self._lease(run)
             try:
                 engine, call = self._call(run, lease)
-                async with asyncio.timeout(self.settings.first_token_timeout_s):
+                async with asyncio.timeout(self._first_token_s(run)):
                     data = await engine.embed(call)
                 run.began = True
                 return data
             except TimeoutError:
+                self._check_deadline(run)
                 error: EngineError = EngineStalled("The engine gave no embeddings in time.")
             except EngineRefused:
                 raise
@@ -313,13 +317,30 @@ class Gateway:
             self._failed_before_first(run, lease, error)
 
     async def _lease(self, run: Run) -> Lease:
-        """Wait for a slot. Raises QueueTimeout, Overloaded, or the last node's error."""
+        """Wait for a slot. Raises Unavailable, or the last node's error."""
         lease = await run.started(
-            self.clock, lambda: self._states(run.demand.model) == {NodeState.STARTING}
+            self.clock,
+            starting=lambda: self._states(run.demand.model) == {NodeState.STARTING},
+            wait_s=lambda: self._wait_s(run.demand),
         )
         run.reservation.started()
         self.stats.queue_s.observe(self.clock.now() - run.queued_at)
         return lease
+
+    def _wait_s(self, demand: Demand) -> float:
+        return self.scheduler.wait_s(demand.member, demand.model)
+
+    def _first_token_s(self, run: Run) -> float:
+        """How long an engine has for the first token."""
+        left_s = run.demand.left_s(self.clock.now())
+        return max(0.0, min(self.settings.first_token_timeout_s, left_s))
+
+    def _check_deadline(self, run: Run) -> None:
+        """Raise DeadlineUnreachable once it has passed: no node is to blame, none is tried."""
+        if run.demand.left_s(self.clock.now()) <= 0:
+            run.late = True
+            message = "No first token came by the request's deadline."
+            raise DeadlineUnreachable(message, retry_after_s=come_back_s(self._wait_s(run.demand)))
 
     def _failed_before_first(self, run: Run, lease: Lease, error: EngineError) -> None:
         """Tell scheduler and fleet; the run waits again, or its future holds the refusal."""
