@@ -212,6 +212,19 @@ def test_a_receipt_is_fetched_and_checked(live: Server, data: Path, tmp_path: Pa
     assert anser("receipt", "verify", "-", piped=piped).returncode == 0
 
 
+def test_why_is_told_in_words(live: Server, data: Path) -> None:
+    """An answer's id leads to why it went where it went, in words and for programs."""
+    request = told("chat", "Say hello.", "--max-tokens", "4", "--data-dir", data)["request"]
+    found = told("why", request, "--data-dir", data)
+    name = request.removeprefix("chatcmpl-")
+    assert (found["request"], found["leases"][0]["rule"]) == (f"req_{name}", "free")
+    assert "no such request" in failure("why", request, "--url", live.url)  # without its key
+    said = anser("why", request, "--data-dir", data).stdout
+    assert "did not have to wait" in said
+    assert "builtin" in said
+    assert "no such request" in failure("why", "req_none", "--data-dir", data)
+
+
 def test_usage_is_told_by_member_and_model(live: Server, data: Path) -> None:
     """What was asked is in the sums of the member who asked, and only there."""
     told("chat", "Say hello.", "--max-tokens", "4", "--data-dir", data)

@@ -20,6 +20,7 @@ from anser.api.auth import Doorkeeper
 from anser.api.context import Services
 from anser.api.reply import Handler, json_route, operator_of, query_text, read
 from anser.api.usage import node_object, pool, request_of, usage_since
+from anser.api.why import why_of
 from anser.config import shown, without_password
 from anser.core.errors import InvalidField
 from anser.core.fleet import Node
@@ -185,6 +186,9 @@ class _Admin:
     async def receipt(self, request: Request) -> object:
         return await self._services.ledger.export(request_of(request.path_params["request"]))
 
+    async def why(self, request: Request) -> object:
+        return why_of(self._services, request_of(request.path_params["request"]))
+
     async def state(self, _: Request) -> object:
         return {
             **pool(self._services),
@@ -236,6 +240,7 @@ _TABLE: tuple[tuple[str, str, _Handler], ...] = (
     ("DELETE", "/admin/v1/nodes/{node}", _Admin.remove_node),
     ("GET", "/admin/v1/usage", _Admin.usage),
     ("GET", "/admin/v1/receipts/{request}", _Admin.receipt),
+    ("GET", "/admin/v1/why/{request}", _Admin.why),
     ("GET", "/admin/v1/state", _Admin.state),
     ("GET", "/admin/v1/mirrors", _Admin.mirrors),
     ("GET", "/admin/v1/config", _Admin.config),

@@ -21,6 +21,7 @@ from anser.api.fields import EmbeddingFields
 from anser.api.merge import places_for
 from anser.api.models import served
 from anser.api.openai import node_headers
+from anser.api.why import why_headers
 from anser.core.errors import ContextTooLong, EngineBroken, InvalidField
 from anser.core.fleet import Ability
 from anser.core.ledger import Usage
@@ -56,7 +57,8 @@ async def embed(exchange: Exchange, principal: Principal) -> None:
         with places_for(services.gateway.members, demands, param="input") as places:
             for demand, place in zip(demands, places, strict=True):
                 vectors.add(await services.gateway.embed(demand, place))
-        await exchange.reply(200, vectors.encoded(), vectors.headers)
+        told = why_headers(exchange, demands[0].id)
+        await exchange.reply(200, vectors.encoded(), [*vectors.headers, *told])
 
 
 def to_base64(vector: list[float]) -> str:

@@ -19,6 +19,7 @@ from anser.api.errors import Headers
 from anser.api.exchange import Exchange
 from anser.api.merge import Answers, answer_all
 from anser.api.rewrite import Rewriter
+from anser.api.why import why_headers
 from anser.services.members import Principal
 
 __all__ = ["chat", "completion", "node_headers"]
@@ -93,13 +94,12 @@ class _Answering:
             "choices": [choice.finished(index) for index, choice in enumerate(choices)],
             "usage": usage_object(answers.usage),
         }
-        headers = node_headers(answers.node, answers.limits)
+        headers = self._headers(answers)
         await self.exchange.reply(200, msgspec.json.encode(body), headers)
 
     async def stream(self, answers: Answers) -> None:
         """Pass each chunk on when it comes; usage, if asked for, is the platform's own count."""
-        headers = node_headers(answers.node, answers.limits)
-        await self.exchange.open(200, [*sse.HEADERS, *headers])
+        await self.exchange.open(200, [*sse.HEADERS, *self._headers(answers)])
         rewriter = Rewriter(self.asked, self._head(self.dialect.chunk))
         for chunk in rewriter.opening():
             await self.exchange.write(sse.event(chunk))
@@ -119,6 +119,11 @@ class _Answering:
             "anser": {"node": answers.node},
         }
         return msgspec.json.encode(chunk)
+
+    def _headers(self, answers: Answers) -> Headers:
+        request = answers.lease.rpartition(".")[0]
+        told = why_headers(self.exchange, request)
+        return [*node_headers(answers.node, answers.limits), *told]
 
     def _head(self, kind: str) -> dict[str, object]:
         """The fields that every object of an answer begins with."""

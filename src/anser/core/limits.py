@@ -86,6 +86,7 @@ __all__ = [
     "TOOLS_BYTES_MAX",
     "TOOLS_MAX",
     "TOP_LOGPROBS_MAX",
+    "WHY_MAX",
     "WRITE_TIMEOUT_S",
 ]
 
@@ -141,6 +142,7 @@ NODES_MAX = 4_096
 NODE_MODELS_MAX = 256
 NODE_SLOTS_MAX = 4_096
 MODEL_NAME_CHARS_MAX = 256
+WHY_MAX = 4_096  # requests of which it is remembered why they waited and went where they went
 
 # What the ledger and the store hold and wait for.
 BATCH_RECEIPTS_MAX = 512  # in one group commit

@@ -13,10 +13,13 @@ import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from anser.core.errors import AnserError, DeadlineUnreachable, Overloaded
+from anser.core.errors import AnserError, DeadlineUnreachable, EngineError, Overloaded
 from anser.core.events import (
+    Cancelled,
     Decision,
     Event,
+    Failed,
+    Lease,
     NodeChanged,
     NodeGone,
     Refused,
@@ -25,9 +28,11 @@ from anser.core.events import (
     Submitted,
     Weighed,
 )
+from anser.core.ledger import Usage
 from anser.core.scheduler import Scheduler
 from anser.ports import Clock
 from anser.services.run import Run, come_back_s
+from anser.services.why import Trail, Whys
 
 __all__ = ["Dispatch"]
 
@@ -41,6 +46,7 @@ class Dispatch:
     hopeless: Callable[[str], AnserError | None]  # why a model will not be served soon, if so
     empty: asyncio.Event = field(default_factory=asyncio.Event)
     runs: dict[str, Run] = field(default_factory=dict[str, Run])
+    whys: Whys = field(default_factory=Whys)
 
     def __post_init__(self) -> None:
         self.empty.set()
@@ -51,6 +57,7 @@ class Dispatch:
     def validate(self) -> None:
         """Assert the invariants of the module's docstring."""
         self.scheduler.validate()
+        self.whys.validate()
         assert self.scheduler.queued + self.scheduler.running <= len(self.runs), self
         assert self.empty.is_set() == (not self.runs), self
 
@@ -58,10 +65,31 @@ class Dispatch:
         """Let `run` start or wait. Raises what it is refused for at once: it was never here."""
         self.runs[request.id] = run
         self.empty.clear()
+        trail = Trail(
+            request=request,
+            came_ms=run.queued_ms,
+            queued=self.scheduler.queued,
+            queued_own=self.scheduler.queued_of(request.member),
+            waits_since=self.clock.now(),
+        )
+        self.whys.add(trail)
         self.tell(Submitted(request=request))
         if run.ready.done() and (refusal := run.ready.exception()) is not None:
             self.remove(run)
             raise refusal
+
+    def lost(self, run: Run, lease: Lease, error: EngineError) -> bool:
+        """Its node has failed before the first token: returns whether it waits or runs again."""
+        trail = self.whys.find(run.demand.id)
+        if trail is not None:
+            trail.waits_again(error.code, self.clock.now())
+        refusals = self.tell(Failed(lease=lease.id, delivered=Usage(), retry=True))
+        return all(refused.request != run.demand.id for refused in refusals)
+
+    def left(self, run: Run, code: str | None) -> None:
+        """It waits no longer: it has failed by this code, or its client has left."""
+        self._ended(run.demand.id, code or "cancelled")
+        self.tell(Cancelled(request=run.demand.id))
 
     def remove(self, run: Run) -> None:
         """It has ended."""
@@ -97,18 +125,29 @@ class Dispatch:
         match decision:
             case Start(lease=lease):
                 run = self.runs[lease.request]
+                trail = self.whys.find(lease.request)
+                if trail is not None:
+                    trail.began(lease, decision.why, self.clock.now())
                 run.lease, run.lease_started_ms = lease, run.moment(self.wall_ms())
                 run.told = 0
                 if not run.ready.done():  # else its client has just left
                     run.ready.set_result(lease)
             case Refused(code="overloaded" | "deadline"):
+                error = _refusal(decision)
+                self._ended(decision.request, error.code, retry_after_s=error.retry_after_s)
                 run = self.runs[decision.request]
                 if not run.ready.done():  # else its client has just left
-                    run.ready.set_exception(_refusal(decision))
+                    run.ready.set_exception(error)
             case Refused():
+                self._ended(decision.request, decision.code)
                 refusals.append(decision)
             case _:  # Abort: the request's own task stops its engine
                 pass
+
+    def _ended(self, request: str, code: str, *, retry_after_s: float | None = None) -> None:
+        trail = self.whys.find(request)
+        if trail is not None:
+            trail.end(code, self.clock.now(), retry_after_s=retry_after_s)
 
 
 def _refusal(refused: Refused) -> AnserError:

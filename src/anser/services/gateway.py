@@ -39,7 +39,6 @@ from anser.core.errors import (
     ShuttingDown,
 )
 from anser.core.events import (
-    Cancelled,
     Failed,
     Finished,
     Lease,
@@ -58,6 +57,7 @@ from anser.services.members import Members
 from anser.services.reservation import Reservation
 from anser.services.run import Demand, Patience, Run, call_for, come_back_s
 from anser.services.stats import NodeRow, Snapshot, Stats
+from anser.services.why import Whys
 
 __all__ = ["Answer", "Demand", "Embedded", "Gateway", "NodeRow", "Snapshot"]
 
@@ -132,6 +132,11 @@ class Gateway:
     def validate(self) -> None:
         """Assert the invariants: the scheduler knows no request that the gateway does not."""
         self._dispatch.validate()
+
+    @property
+    def whys(self) -> Whys:
+        """Why the newest requests waited, and went where they went."""
+        return self._dispatch.whys
 
     @property
     def empty(self) -> asyncio.Event:
@@ -351,10 +356,10 @@ class Gateway:
         run.tally = Tally(run.demand.prompt_tokens, run.demand.prompt_bytes)
         run.reservation.requeued()
         self.stats.retries += 1
-        for refused in self._dispatch.tell(Failed(lease=lease.id, delivered=Usage(), retry=True)):
-            if refused.request == run.demand.id and not run.ready.done():
-                run.ready.set_exception(error)
-        if run.lease is None and not run.ready.done() and self.fleet.hopeless(run.demand.model):
+        again = self._dispatch.lost(run, lease, error)
+        if run.ready.done():
+            return
+        if not again or (run.lease is None and self.fleet.hopeless(run.demand.model)):
             run.ready.set_exception(error)
 
     # From the first chunk to the receipt
@@ -441,7 +446,7 @@ class Gateway:
         run.close_lease(code, tokens=generated.completion_tokens, wall_ms=wall_ms)
         self._dispatch.remove(run)
         if lease is None:
-            self._dispatch.tell(Cancelled(request=run.demand.id))
+            self._dispatch.left(run, code)
         elif outcome is Outcome.FAILED and isinstance(error, EngineError):
             self._dispatch.tell(Failed(lease=lease.id, delivered=delivered, retry=False))
         else:
