@@ -384,6 +384,19 @@ async def test_waits_are_ones_own(at: Asked) -> None:
     refused(await at.socket.get("/admin/v1/why/req_none"), 404, "not_found")
 
 
+async def test_every_share_is_for_operators(at: Asked) -> None:
+    """A member gets its own path and one figure for all; an operator's key also gets the rows."""
+    await at.key("physics")
+    owner = await at.key("physics/lattice")
+    mine = (await at.public.get("/v1/fairness", headers=owner)).json()
+    assert [level["member"] for level in mine["levels"]] == ["physics", "physics/lattice"]
+    assert [level["entitlement"] for level in mine["levels"]] == [1.0, 1.0]
+    assert "members" not in mine
+    operator = await at.key("staff", scope="operate")
+    assert (await at.listener.get("/admin/v1/fairness", headers=operator)).json()["members"] == []
+    assert (await at.socket.get("/v1/fairness")).json()["members"] == []
+
+
 async def test_the_signing_key_is_public(at: Asked) -> None:
     """Anybody may have the key that checks receipts; it is the platform's."""
     found = (await at.public.get("/v1/signing-key")).json()

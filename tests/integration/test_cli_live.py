@@ -234,6 +234,20 @@ def test_usage_is_told_by_member_and_model(live: Server, data: Path) -> None:
     assert told("usage", "anonymous", "--since", "1h", "--data-dir", data)["usage"] == []
 
 
+def test_fairness_is_told(live: Server, data: Path) -> None:
+    """An operator sees every row and all in one figure; others their own path, without names."""
+    told("chat", "Say hello.", "--max-tokens", "4", "--data-dir", data)
+    found = told("usage", "--fairness", "--data-dir", data)
+    assert "local/default/owner" in {row["member"] for row in found["members"]}
+    assert found["all"]["jain"] is not None
+    said = anser("usage", "--fairness", "--data-dir", data).stdout
+    assert "local/default" in said
+    assert "Jain" in said
+    visitor = anser("usage", "--fairness", "--url", live.url).stdout
+    assert "anonymous" in visitor
+    assert "local" not in visitor
+
+
 def test_the_pool_and_the_models_are_told(live: Server, data: Path) -> None:
     """top, models and node list show the built-in node and its model."""
     pool = told("top", "--data-dir", data)

@@ -11,6 +11,7 @@ from starlette.routing import Route
 
 from anser.api.auth import Doorkeeper
 from anser.api.context import Services
+from anser.api.fairness import fairness_of
 from anser.api.reply import json_route, member_of, query_number, query_text
 from anser.api.why import why_of, why_unknown
 from anser.core.errors import NotFound, Unauthenticated
@@ -25,6 +26,7 @@ PATHS = (
     ("GET", "/v1/usage"),
     ("GET", "/v1/receipts/{request}"),
     ("GET", "/v1/why/{request}"),
+    ("GET", "/v1/fairness"),
     ("GET", "/v1/pool"),
     ("GET", "/v1/signing-key"),
 )
@@ -38,7 +40,14 @@ _ANSWER_KINDS = ("chatcmpl", "cmpl")
 def routes(services: Services, doorkeeper: Doorkeeper) -> list[Route]:
     """The routes of this module."""
     shown = _Shown(services, doorkeeper)
-    handlers = (shown.usage, shown.receipt, shown.why, shown.pool, shown.signing_key)
+    handlers = (
+        shown.usage,
+        shown.receipt,
+        shown.why,
+        shown.fairness,
+        shown.pool,
+        shown.signing_key,
+    )
     return [
         json_route(path, {method: handler})
         for (method, path), handler in zip(PATHS, handlers, strict=True)
@@ -144,6 +153,9 @@ class _Shown:
         if not _may_see(principal, found["member"]):
             raise why_unknown()
         return found
+
+    async def fairness(self, request: Request) -> object:
+        return fairness_of(self._services, member_of(request, self._doorkeeper))
 
     async def pool(self, request: Request) -> object:
         member_of(request, self._doorkeeper)

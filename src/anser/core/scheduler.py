@@ -60,6 +60,7 @@ from anser.core.picking import Picker
 from anser.core.prefix import PrefixIndex
 from anser.core.rules import DESIGN, Rules
 from anser.core.slots import NodeSlots, Slots
+from anser.core.virtual import Pool
 
 __all__ = ["Scheduler"]
 
@@ -119,6 +120,12 @@ class Scheduler:
     def standings(self) -> list[Standing]:
         """A row for each member that waits, runs or is ahead of others; parents come first."""
         return self._shares.standings()
+
+    def keys_of(self, member: str) -> dict[Pool, int]:
+        """Its key in each pool in which something of it, or below it, waits."""
+        account = self._shares.find(member)
+        pools = {lane.supply.pool for lane in account.lanes} if account else set[Pool]()
+        return {pool: account.key_in(pool) for pool in pools} if account else {}
 
     def handle(self, event: Event, now: float) -> list[Decision]:
         """Take one event at monotonic time `now` (seconds) and say what has to be done."""

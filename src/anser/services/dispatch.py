@@ -19,9 +19,11 @@ from anser.core.events import (
     Decision,
     Event,
     Failed,
+    Finished,
     Lease,
     NodeChanged,
     NodeGone,
+    Progressed,
     Refused,
     Request,
     Start,
@@ -31,6 +33,7 @@ from anser.core.events import (
 from anser.core.ledger import Usage
 from anser.core.scheduler import Scheduler
 from anser.ports import Clock
+from anser.services.fairness import Fairness
 from anser.services.run import Run, come_back_s
 from anser.services.why import Trail, Whys
 
@@ -44,12 +47,15 @@ class Dispatch:
     scheduler: Scheduler
     clock: Clock
     hopeless: Callable[[str], AnserError | None]  # why a model will not be served soon, if so
+    weight_of: Callable[[str], int]  # a member's, in thousandths
     empty: asyncio.Event = field(default_factory=asyncio.Event)
     runs: dict[str, Run] = field(default_factory=dict[str, Run])
     whys: Whys = field(default_factory=Whys)
+    fairness: Fairness = field(init=False)
 
     def __post_init__(self) -> None:
         self.empty.set()
+        self.fairness = Fairness(self.scheduler, self.weight_of)
 
     def __repr__(self) -> str:
         return f"<Dispatch runs={len(self.runs)} {self.scheduler!r}>"
@@ -58,6 +64,7 @@ class Dispatch:
         """Assert the invariants of the module's docstring."""
         self.scheduler.validate()
         self.whys.validate()
+        self.fairness.validate()
         assert self.scheduler.queued + self.scheduler.running <= len(self.runs), self
         assert self.empty.is_set() == (not self.runs), self
 
@@ -100,7 +107,15 @@ class Dispatch:
     def tell(self, event: Event) -> list[Refused]:
         """Give the scheduler an event and act on all of its decisions; returns its refusals."""
         refusals: list[Refused] = []
-        for decision in self.scheduler.handle(event, self.clock.now()):
+        now = self.clock.now()
+        match event:
+            case Progressed(lease=lease, tokens=tokens):
+                self.fairness.progressed(lease, tokens, now)
+            case Finished(lease=lease, usage=usage) | Failed(lease=lease, delivered=usage):
+                self.fairness.ended(lease, usage, now)
+            case _:
+                pass
+        for decision in self.scheduler.handle(event, now):
             self._act(decision, refusals)
         return refusals
 
@@ -124,6 +139,7 @@ class Dispatch:
     def _act(self, decision: Decision, refusals: list[Refused]) -> None:
         match decision:
             case Start(lease=lease):
+                self.fairness.began(decision, self.clock.now())
                 run = self.runs[lease.request]
                 trail = self.whys.find(lease.request)
                 if trail is not None:

@@ -51,6 +51,7 @@ from anser.core.scheduler import Scheduler
 from anser.ports import Call, Clock, Engine, Route
 from anser.services.chunks import Ending, Piece, Tally, read_embedding_usage, read_opening
 from anser.services.dispatch import Dispatch
+from anser.services.fairness import Fairness
 from anser.services.fleet import Fleet
 from anser.services.ledger import Ledger
 from anser.services.members import Members
@@ -121,7 +122,10 @@ class Gateway:
 
     def __post_init__(self) -> None:
         self._dispatch = Dispatch(
-            scheduler=self.scheduler, clock=self.clock, hopeless=self.fleet.hopeless
+            scheduler=self.scheduler,
+            clock=self.clock,
+            hopeless=self.fleet.hopeless,
+            weight_of=self.members.weight,
         )
         self.members.subscribe(self._dispatch.weighed)
         self.fleet.subscribe(self._dispatch.fleet_changed)
@@ -137,6 +141,11 @@ class Gateway:
     def whys(self) -> Whys:
         """Why the newest requests waited, and went where they went."""
         return self._dispatch.whys
+
+    @property
+    def fairness(self) -> Fairness:
+        """How evenly service goes round."""
+        return self._dispatch.fairness
 
     @property
     def empty(self) -> asyncio.Event:
