@@ -121,11 +121,16 @@ class Scheduler:
         """A row for each member that waits, runs or is ahead of others; parents come first."""
         return self._shares.standings()
 
-    def keys_of(self, member: str) -> dict[Pool, int]:
-        """Its key in each pool in which something of it, or below it, waits."""
+    def key_of(self, member: str) -> tuple[Pool, int] | None:
+        """The pool in which it, or something below it, waits, and its key there.
+
+        None where nothing waits, or it is in several: then a key says what others served it, too.
+        """
         account = self._shares.find(member)
-        pools = {lane.supply.pool for lane in account.lanes} if account else set[Pool]()
-        return {pool: account.key_in(pool) for pool in pools} if account else {}
+        if account is None or not account.lanes or len(account.bases) != 1:
+            return None
+        [pool] = account.bases
+        return pool, account.key_in(pool)
 
     def handle(self, event: Event, now: float) -> list[Decision]:
         """Take one event at monotonic time `now` (seconds) and say what has to be done."""

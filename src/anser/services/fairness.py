@@ -12,7 +12,8 @@ somebody asked for less than its share. *Gap*: how far, of the organisations tha
 slots now, the one most ahead is before the one least: what the scheduler compares, in micro-credits
 per share. *Bound* of the gap: 2Q + U_a/w_a + U_b/w_b, where Q is the window, w a weight in shares,
 and U the most that what an organisation had running at once could cost, since it last had nothing
-to do. An estimate of a prompt that was too low may exceed it by its error.
+to do. An estimate of a prompt that was too low may exceed it by its error. Who waits for models of
+several pools is left out: its keys also say what other pools served it, and no such bound holds.
 
 A look costs as much as there are members, so it is taken at most once a second, whoever asks.
 
@@ -30,6 +31,7 @@ from anser.core.fairness import Standing, price
 from anser.core.ledger import Usage
 from anser.core.members import ancestry
 from anser.core.scheduler import Scheduler
+from anser.core.virtual import Pool
 
 __all__ = ["WINDOW_S", "Evenness", "Fairness", "Look", "Share", "jain"]
 
@@ -188,10 +190,11 @@ class Fairness:
 
     def _widest(self, rows: Iterable[Standing]) -> tuple[int, int] | tuple[None, None]:
         """The largest gap between two that wait in one pool, and the bound of these two."""
-        pools: dict[object, list[tuple[int, int]]] = {}  # key, and what runs, per share
+        pools: dict[Pool, list[tuple[int, int]]] = {}  # key, and what runs, per share
         for row in rows:
-            load = self._loads.get(row.member) or _Load()
-            for pool, key in self.scheduler.keys_of(row.member).items():
+            found = self.scheduler.key_of(row.member)
+            if found is not None:
+                (pool, key), load = found, self._loads.get(row.member) or _Load()
                 pools.setdefault(pool, []).append((key, load.most * _SHARE // row.weight))
         pairs = [(min(keys), max(keys)) for keys in pools.values() if len(keys) > 1]
         if not pairs:
