@@ -49,6 +49,25 @@ async def test_nodes_come_and_go_before_your_eyes(pool: Server, visit: Visits) -
     await visitor.check()
 
 
+async def test_shares_are_seen_while_they_change(pool: Server, visit: Visits) -> None:
+    """The visitor's own part is told once it has asked something, and what is due to it."""
+    async with upstream("honk ", model="fair") as node:
+        await operate(pool, "POST", "/nodes", {"url": node.url, "id": "fair", "slots": 2})
+        try:
+            visitor = await visit(pool)
+            await visitor.open()
+            await visitor.page.select_option("#model", "fair")
+            await visitor.ask("Fly.")
+            await visitor.answered()
+            part = '() => document.getElementById("fair-own").textContent.endsWith(" %")'
+            await visitor.until(part)
+            assert "due" in await visitor.page.locator("#fair-due").inner_text()
+            assert await visitor.page.locator("#fair-even").inner_text() != "–"
+            await visitor.check()
+        finally:
+            await operate(pool, "DELETE", "/nodes/fair")
+
+
 async def test_work_is_seen_while_it_is_done(pool: Server, visit: Visits) -> None:
     """While an answer runs a goose flies and is counted; afterwards none does."""
     async with upstream("honk ", forever=True, model="busy") as node:

@@ -16,8 +16,10 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from anser.api import admin, metrics, usage
 from anser.config import Config, EngineSettings, ServerSettings
+from anser.core.events import Request
 from anser.core.ledger import LeaseRecord, Outcome, Receipt, Usage
 from anser.platform import Platform, open_platform
+from anser.services.why import Trail
 
 pytestmark = pytest.mark.anyio
 
@@ -357,6 +359,42 @@ async def test_receipts_are_ones_own(at: Asked) -> None:
     operator = await at.key("staff", scope="operate")
     assert (await at.public.get("/v1/receipts/req_1f", headers=operator)).status_code == 200
     assert (await at.socket.get("/admin/v1/receipts/req_1f")).json() == mine.json()
+
+
+async def test_waits_are_ones_own(at: Asked) -> None:
+    """One's own, and those below oneself, are told; others' are not told from none."""
+    await at.key("physics")
+    owner, other = await at.key("physics/lattice"), await at.key("chemistry")
+    wanted = Request(
+        id="req_1f",
+        member="physics/lattice/ann",
+        model="m",
+        prompt_tokens=1,
+        output_tokens_max=1,
+    )
+    trail = Trail(request=wanted, came_ms=1, queued=0, queued_own=0, waits_since=0.0)
+    at.platform.services.gateway.whys.add(trail)
+    trail.end("overloaded", 2.5)
+    mine = await at.public.get("/v1/why/chatcmpl-1f", headers=owner)
+    assert (mine.json()["waited_s"], mine.json()["ended"]) == (2.5, "overloaded")
+    theirs = refused(await at.public.get("/v1/why/req_1f", headers=other), 404, "not_found")
+    missing = await at.public.get("/v1/why/req_none", headers=other)
+    assert refused(missing, 404, "not_found") == theirs
+    assert (await at.socket.get("/admin/v1/why/req_1f")).json() == mine.json()
+    refused(await at.socket.get("/admin/v1/why/req_none"), 404, "not_found")
+
+
+async def test_every_share_is_for_operators(at: Asked) -> None:
+    """A member gets its own path and one figure for all; an operator's key also gets the rows."""
+    await at.key("physics")
+    owner = await at.key("physics/lattice")
+    mine = (await at.public.get("/v1/fairness", headers=owner)).json()
+    assert [level["member"] for level in mine["levels"]] == ["physics", "physics/lattice"]
+    assert [level["entitlement"] for level in mine["levels"]] == [1.0, 1.0]
+    assert "members" not in mine
+    operator = await at.key("staff", scope="operate")
+    assert (await at.listener.get("/admin/v1/fairness", headers=operator)).json()["members"] == []
+    assert (await at.socket.get("/v1/fairness")).json()["members"] == []
 
 
 async def test_the_signing_key_is_public(at: Asked) -> None:

@@ -166,14 +166,15 @@ def test_commands_wait_for_each_other(data_dir: Path) -> None:
 
 
 def test_looking_without_a_platform(data_dir: Path) -> None:
-    """models and usage answer without a platform too: nothing is there yet; top says so."""
+    """models and usage answer without a platform too: nothing is there yet; the others say so."""
     at = ("--data-dir", data_dir)
     assert told("models", *at)["data"] == []
     assert told("usage", *at)["usage"] == []
     assert "anser serve" in anser("models", *at).stdout
-    ended = anser("top", *at)
-    assert ended.returncode == 1
-    assert "No platform runs on this data folder" in ended.stderr
+    for words in (["top"], ["why", "req_1f"], ["usage", "--fairness"]):
+        ended = anser(*words, *at)
+        assert ended.returncode == 1
+        assert "No platform runs on this data folder" in ended.stderr
 
 
 # ---------------------------------------------------------------------------------- settings

@@ -212,6 +212,19 @@ def test_a_receipt_is_fetched_and_checked(live: Server, data: Path, tmp_path: Pa
     assert anser("receipt", "verify", "-", piped=piped).returncode == 0
 
 
+def test_why_is_told_in_words(live: Server, data: Path) -> None:
+    """An answer's id leads to why it went where it went, in words and for programs."""
+    request = told("chat", "Say hello.", "--max-tokens", "4", "--data-dir", data)["request"]
+    found = told("why", request, "--data-dir", data)
+    name = request.removeprefix("chatcmpl-")
+    assert (found["request"], found["leases"][0]["rule"]) == (f"req_{name}", "free")
+    assert "no such request" in failure("why", request, "--url", live.url)  # without its key
+    said = anser("why", request, "--data-dir", data).stdout
+    assert "did not have to wait" in said
+    assert "builtin" in said
+    assert "no such request" in failure("why", "req_none", "--data-dir", data)
+
+
 def test_usage_is_told_by_member_and_model(live: Server, data: Path) -> None:
     """What was asked is in the sums of the member who asked, and only there."""
     told("chat", "Say hello.", "--max-tokens", "4", "--data-dir", data)
@@ -219,6 +232,20 @@ def test_usage_is_told_by_member_and_model(live: Server, data: Path) -> None:
     assert [(row["member"], row["model"]) for row in rows] == [("local/default/owner", live.model)]
     assert rows[0]["completion_tokens"] > 0
     assert told("usage", "anonymous", "--since", "1h", "--data-dir", data)["usage"] == []
+
+
+def test_fairness_is_told(live: Server, data: Path) -> None:
+    """An operator sees every row and all in one figure; others their own path, without names."""
+    told("chat", "Say hello.", "--max-tokens", "4", "--data-dir", data)
+    found = told("usage", "--fairness", "--data-dir", data)
+    assert "local/default/owner" in {row["member"] for row in found["members"]}
+    assert found["all"]["jain"] is not None
+    said = anser("usage", "--fairness", "--data-dir", data).stdout
+    assert "local/default" in said
+    assert "Jain" in said
+    visitor = anser("usage", "--fairness", "--url", live.url).stdout
+    assert "anonymous" in visitor
+    assert "local" not in visitor
 
 
 def test_the_pool_and_the_models_are_told(live: Server, data: Path) -> None:

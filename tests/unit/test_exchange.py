@@ -5,33 +5,25 @@ from __future__ import annotations
 import asyncio
 import json
 import re
-from collections.abc import AsyncGenerator, Callable
-from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
-from starlette.types import ASGIApp, Message
 
-from anser.adapters.blobs import DiskBlobs
-from anser.adapters.clock import SystemClock
-from anser.adapters.memory_engine import Fault, FaultKind, MemoryEngine, Pace
-from anser.api.app import _App, public_app
+from anser.adapters.memory_engine import Fault, FaultKind
+from anser.api.app import _App
 from anser.api.auth import Doorkeeper
-from anser.api.context import Services
 from anser.api.exchange import Bodies, Exchange
 from anser.api.models import served
 from anser.api.routes import ROUTES, find_direct
-from anser.config import Config, Loaded, MemberSettings, ServerSettings
+from anser.config import MemberSettings
 from anser.core.errors import ModelNotFound, NoNode, Overloaded
 from anser.core.fleet import Ability
 from anser.core.ledger import Outcome
 from anser.core.limits import EMBEDDING_BATCH_MAX, EMBEDDING_INPUTS_MAX, PROMPTS_MAX
 from anser.ports import Call
-from anser.services.hub import Hub
 from anser.services.members import OWNER
-from tests.pool import Pool, open_pool
+from tests.stage import Stage, stage
 
 pytestmark = pytest.mark.anyio
 
@@ -41,100 +33,6 @@ HELLO: dict[str, Any] = {
     "messages": [{"role": "user", "content": "hello"}],
     "max_tokens": 5,
 }
-
-
-@dataclass(slots=True)
-class Client:
-    """An ASGI server's side of one request: what it gives the application, and what it gets."""
-
-    app: ASGIApp
-    sent: list[Message] = field(default_factory=list)
-    leaving: asyncio.Event = field(default_factory=asyncio.Event)
-    parts: list[bytes] = field(default_factory=list)
-
-    async def receive(self) -> Message:
-        if self.parts:
-            body = self.parts.pop(0)
-            return {"type": "http.request", "body": body, "more_body": bool(self.parts)}
-        await self.leaving.wait()
-        return {"type": "http.disconnect"}
-
-    async def send(self, message: Message) -> None:
-        self.sent.append(message)
-
-    async def ask(self, method: str, path: str, *parts: bytes, **headers: str) -> Client:
-        """Let the application answer, to its end."""
-        self.parts = list(parts) or [b""]
-        lines = {"host": "127.0.0.1", "content_type": "application/json", **headers}
-        scope = {
-            "type": "http",
-            "method": method,
-            "path": path,
-            "raw_path": path.encode(),
-            "query_string": b"",
-            "headers": [(k.replace("_", "-").encode(), v.encode()) for k, v in lines.items()],
-            "client": ("127.0.0.1", 1),
-            "server": ("127.0.0.1", 80),
-            "scheme": "http",
-        }
-        await self.app(scope, self.receive, self.send)
-        return self
-
-    async def post(self, body: object, path: str = CHAT) -> Client:
-        """A call with this body, a chat completion if nothing else is said."""
-        return await self.ask("POST", path, json.dumps(body, separators=(",", ":")).encode())
-
-    @property
-    def status(self) -> int:
-        status: int = self.sent[0]["status"]
-        return status
-
-    @property
-    def headers(self) -> dict[str, str]:
-        return {name.decode(): value.decode() for name, value in self.sent[0]["headers"]}
-
-    @property
-    def body(self) -> bytes:
-        return b"".join(message.get("body", b"") for message in self.sent[1:])
-
-    @property
-    def error(self) -> dict[str, Any]:
-        found: dict[str, Any] = json.loads(self.body)["error"]
-        return found
-
-
-@dataclass(slots=True)
-class Stage:
-    """A pool with an application before it."""
-
-    pool: Pool
-    services: Services
-
-    def client(self, app: ASGIApp | None = None) -> Client:
-        return Client(app or public_app(self.services))
-
-
-@asynccontextmanager
-async def stage(
-    folder: Path,
-    *,
-    slots: int = 4,
-    fault: Callable[[Call], Fault | None] = lambda _: None,
-    member_settings: MemberSettings | None = None,
-) -> AsyncGenerator[Stage]:
-    """Services over one engine in memory."""
-    engine = MemoryEngine(slots=slots, pace=Pace(step_s=0.001), fault_of=fault)
-    async with open_pool({"one": engine}, member_settings=member_settings) as pool:
-        services = Services(
-            loaded=Loaded.of(Config(data_dir=folder, server=ServerSettings(body_bytes_max=10_000))),
-            clock=SystemClock(),
-            members=pool.members,
-            fleet=pool.fleet,
-            gateway=pool.gateway,
-            ledger=pool.ledger,
-            hub=Hub((), DiskBlobs(folder)),
-        )
-        yield Stage(pool, services)
 
 
 async def test_an_answer_has_an_identifier_of_its_own(tmp_path: Path) -> None:

@@ -28,6 +28,7 @@ from anser.core.errors import AnserError
 from anser.core.fleet import Ability, EngineKind, Node, Offer
 from anser.core.health import NodeState
 from anser.services.entry import NodeStatus
+from anser.services.fairness import Evenness
 from anser.services.pool import ModelView, NodeView, PoolView
 
 HOSTILE = "<img src=x onerror=alert(1)>\"'</script><script>alert(2)</script>{{ 7*7 }}"
@@ -375,6 +376,18 @@ def test_dead_nodes_count_for_nothing() -> None:
     assert '<b id="ready">1</b>' in html
     assert '<li class="model" data-ready="no">' in html
     assert "not available now" in Outline(html).texts
+
+
+@pytest.mark.parametrize("language", page.LANGUAGES)
+def test_evenness_is_shown(language: str) -> None:
+    """Jain's index and the gap with its bound, in prompt tokens; a dash where there is none."""
+    visit = page.Visit(language=language, origin="http://localhost", open=True)
+    even = Evenness(members=1_200, jain=0.98765, gap=1_234_567_890, bound=8_140_000_000)
+    shown = Outline(page.render_front(visit, PoolView(), even)).texts
+    at_most = page.texts(language)["live"]["at_most"].format(most="8,140")
+    assert {"1,200", "0.988", "1,235", at_most} <= set(shown)
+    none = Outline(page.render_front(visit, PoolView())).texts
+    assert none.count("–") == 3
 
 
 def test_many_models_are_folded() -> None:

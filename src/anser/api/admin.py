@@ -18,8 +18,10 @@ from starlette.routing import Route
 from anser import __version__
 from anser.api.auth import Doorkeeper
 from anser.api.context import Services
+from anser.api.fairness import fairness_of
 from anser.api.reply import Handler, json_route, operator_of, query_text, read
 from anser.api.usage import node_object, pool, request_of, usage_since
+from anser.api.why import why_of
 from anser.config import shown, without_password
 from anser.core.errors import InvalidField
 from anser.core.fleet import Node
@@ -106,8 +108,9 @@ class Nothing(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class _Admin:
     """The handlers; each reads, calls one service, and says what came of it."""
 
-    def __init__(self, services: Services) -> None:
+    def __init__(self, services: Services, doorkeeper: Doorkeeper) -> None:
         self._services = services
+        self._doorkeeper = doorkeeper
 
     async def list_members(self, _: Request) -> object:
         members = self._services.members.members()
@@ -185,6 +188,12 @@ class _Admin:
     async def receipt(self, request: Request) -> object:
         return await self._services.ledger.export(request_of(request.path_params["request"]))
 
+    async def fairness(self, request: Request) -> object:
+        return fairness_of(self._services, operator_of(request, self._doorkeeper))
+
+    async def why(self, request: Request) -> object:
+        return why_of(self._services, request_of(request.path_params["request"]))
+
     async def state(self, _: Request) -> object:
         return {
             **pool(self._services),
@@ -235,7 +244,9 @@ _TABLE: tuple[tuple[str, str, _Handler], ...] = (
     ("POST", "/admin/v1/nodes/{node}/resume", _Admin.resume_node),
     ("DELETE", "/admin/v1/nodes/{node}", _Admin.remove_node),
     ("GET", "/admin/v1/usage", _Admin.usage),
+    ("GET", "/admin/v1/fairness", _Admin.fairness),
     ("GET", "/admin/v1/receipts/{request}", _Admin.receipt),
+    ("GET", "/admin/v1/why/{request}", _Admin.why),
     ("GET", "/admin/v1/state", _Admin.state),
     ("GET", "/admin/v1/mirrors", _Admin.mirrors),
     ("GET", "/admin/v1/config", _Admin.config),
@@ -246,7 +257,7 @@ PATHS = tuple((method, path) for method, path, _ in _TABLE)
 
 def routes(services: Services, doorkeeper: Doorkeeper) -> list[Route]:
     """The routes of this module, each for operators only."""
-    admin = _Admin(services)
+    admin = _Admin(services, doorkeeper)
 
     def guarded(handler: _Handler) -> Handler:
         async def handle(request: Request) -> object:

@@ -29,6 +29,7 @@ from anser.api.context import Services
 from anser.api.errors import Headers, body_of, echo, headers_of, status_of
 from anser.api.exchange import Bodies, Exchange, HungUp
 from anser.api.routes import Direct, find_direct
+from anser.api.why import why_headers
 from anser.core.errors import AnserError, LimitReached, MethodNotAllowed, NotFound, ShuttingDown
 from anser.services.members import Principal
 
@@ -107,7 +108,7 @@ class _App:
         except LimitReached as error:
             await exchange.fail(error, self._limits_left(exchange.principal))
         except AnserError as error:
-            await exchange.fail(error)
+            await exchange.fail(error, why_headers(exchange, exchange.id))
 
     async def _dispatch(self, exchange: Exchange, route: Direct) -> None:
         method = exchange.scope["method"]

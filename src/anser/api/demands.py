@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from math import inf, nan
 
 import msgspec
 
 from anser.api.checks import check_fields
 from anser.api.context import Services
+from anser.api.exchange import Exchange
 from anser.api.fields import (
     CHAT_FORWARDED,
     COMPLETION_FORWARDED,
@@ -23,15 +25,27 @@ from anser.api.tools import engine_format, engine_tools
 from anser.core.errors import ContextTooLong, InvalidField, UnknownField
 from anser.core.fleet import Ability
 from anser.core.limits import PROMPTS_MAX
+from anser.core.prefix import chain
 from anser.core.sampling import HINTS, sampling_fields
 from anser.ports import Route
+from anser.services.caches import chain_salt, engine_salt
 from anser.services.gateway import Demand
+from anser.services.members import Principal
 
-__all__ = ["Asked", "Asker", "ask_chat", "ask_completion", "estimate_tokens", "plain_texts"]
+__all__ = [
+    "Asked",
+    "Asker",
+    "ask_chat",
+    "ask_completion",
+    "asker_of",
+    "estimate_tokens",
+    "plain_texts",
+]
 
 _BYTES_PER_TOKEN = 4
 _CHARS_PER_TOKEN_MAX = 256  # the longest entries of vocabularies in use are half as long
 _COMPLETION_TOKENS_DEFAULT = 16  # as OpenAI documents it for /v1/completions
+_DEADLINE = "x-anser-deadline"
 _ROOM_MIN = 16  # a default maximum is never made smaller than this
 
 
@@ -42,11 +56,17 @@ class Asker:
     services: Services
     member: str
     request_id: str
+    deadline: float | None = None  # monotonic seconds
 
     @property
     def drops_unknown(self) -> bool:
         """Whether unknown fields are dropped instead of refused."""
         return self.services.config.gateway.unknown_fields == "drop"
+
+    @property
+    def shares_caches(self) -> bool:
+        """Whether all members share the engines' prompt caches."""
+        return self.services.config.gateway.cache_sharing == "platform"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,10 +82,28 @@ class Asked:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Prompt:
-    """One prompt in an engine's body, and the number of characters a tokenizer will see."""
+    """One prompt in an engine's body, and the number of characters a tokenizer will see.
+
+    What is the same in all turns of a conversation comes first, so that the text of each turn
+    (`canonical`) begins as that of the turn before.
+    """
 
     body: dict[str, object]
     chars: int
+
+    def canonical(self) -> bytes:
+        """The text by which prompts are compared."""
+        return msgspec.json.encode(self.body)
+
+
+def asker_of(exchange: Exchange, principal: Principal) -> Asker:
+    """Who asks, and until when; taken before the body is read. Raises InvalidField."""
+    return Asker(
+        services=exchange.services,
+        member=principal.member,
+        request_id=exchange.id,
+        deadline=_deadline(exchange),
+    )
 
 
 def estimate_tokens(size_bytes: int) -> int:
@@ -80,9 +118,9 @@ def ask_chat(asker: Asker, body: dict[str, object]) -> Asked:
     messages = [engine_message(message) for message in fields.messages]
     prompt = _Prompt(
         body={
-            "messages": messages,
             **engine_tools(fields.tools, fields.tool_choice),
             **engine_format(fields.response_format),
+            "messages": messages,
         },
         chars=sum(len(str(message.get("content", ""))) for message in messages),
     )
@@ -150,24 +188,34 @@ class _Job:
     ) -> Iterator[Demand]:
         each = self.fields.n or 1
         total = len(prompts) * each
-        for index in range(total):
-            prompt = prompts[index // each]
-            size_bytes = len(msgspec.json.encode(prompt.body))
-            tokens = estimate_tokens(size_bytes)
-            maximum = self._maximum(prompt, tokens, model)
-            body = {**common, **prompt.body, "max_tokens": maximum}
-            if self.fields.seed is not None:
-                body["seed"] = _seed(self.fields.seed, index)
-            yield Demand(
-                id=self.asker.request_id if total == 1 else f"{self.asker.request_id}-{index}",
-                member=self.asker.member,
-                route=self.route,
-                model=model.model,
-                body=body,
-                prompt_tokens=tokens,
-                prompt_bytes=size_bytes,
-                output_tokens_max=maximum,
-            )
+        for index, prompt in enumerate(prompts):
+            first = self._demand(prompt, common, model)
+            for at in range(index * each, (index + 1) * each):
+                body = first.body
+                if self.fields.seed is not None:
+                    body = {**body, "seed": _seed(self.fields.seed, at)}
+                yield replace(first, id=first.id if total == 1 else f"{first.id}-{at}", body=body)
+
+    def _demand(self, prompt: _Prompt, common: dict[str, object], model: Served) -> Demand:
+        """What all answers to one prompt have in common."""
+        asker, text = self.asker, prompt.canonical()
+        tokens = estimate_tokens(len(text))
+        maximum = self._maximum(prompt, tokens, model)
+        shared = asker.shares_caches
+        salt = None if shared else engine_salt(asker.member, pepper=asker.services.members.pepper)
+        return Demand(
+            id=asker.request_id,
+            member=asker.member,
+            route=self.route,
+            model=model.model,
+            body={**common, **prompt.body, "max_tokens": maximum},
+            prompt_tokens=tokens,
+            prompt_bytes=len(text),
+            output_tokens_max=maximum,
+            chain=chain(text, salt=chain_salt(model.model, asker.member, shared=shared)),
+            cache_salt=salt,
+            deadline=asker.deadline,
+        )
 
     def _maximum(self, prompt: _Prompt, tokens: int, model: Served) -> int:
         """The longest answer, in tokens. Raises ContextTooLong where the excess is certain."""
@@ -198,6 +246,20 @@ class _Job:
                 message = f"Not every engine that serves {model.model} reads {name} ({kinds})."
                 raise UnknownField(message, param=name)
         return found
+
+
+def _deadline(exchange: Exchange) -> float | None:
+    text = exchange.header(_DEADLINE.encode())
+    if text is None:
+        return None
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = nan
+    if not 0.0 < seconds < inf:  # false for NaN
+        message = f"`{_DEADLINE}` is how many seconds from now the first token is of use: above 0."
+        raise InvalidField(message, param=_DEADLINE)
+    return exchange.services.clock.now() + seconds
 
 
 def _check_logprobs(fields: ChatFields) -> None:

@@ -14,13 +14,14 @@ from dataclasses import dataclass, field
 import msgspec
 
 from anser.api.checks import check_fields
-from anser.api.demands import Asker, estimate_tokens, plain_texts
+from anser.api.demands import Asker, asker_of, estimate_tokens, plain_texts
 from anser.api.errors import Headers
 from anser.api.exchange import Exchange
 from anser.api.fields import EmbeddingFields
 from anser.api.merge import places_for
 from anser.api.models import served
 from anser.api.openai import node_headers
+from anser.api.why import why_headers
 from anser.core.errors import ContextTooLong, EngineBroken, InvalidField
 from anser.core.fleet import Ability
 from anser.core.ledger import Usage
@@ -48,17 +49,16 @@ _ANSWER = msgspec.json.Decoder(_Answer)
 
 async def embed(exchange: Exchange, principal: Principal) -> None:
     """POST /v1/embeddings."""
-    body = await exchange.read()
-    services = exchange.services
-    asker = Asker(services=services, member=principal.member, request_id=exchange.id)
-    fields = check_fields(body, EmbeddingFields, drop_unknown=asker.drops_unknown)
+    asker, services = asker_of(exchange, principal), exchange.services
+    fields = check_fields(await exchange.read(), EmbeddingFields, drop_unknown=asker.drops_unknown)
     demands = _demands(asker, fields)
     vectors = Vectors(fields)
     async with exchange.watched():
         with places_for(services.gateway.members, demands, param="input") as places:
             for demand, place in zip(demands, places, strict=True):
                 vectors.add(await services.gateway.embed(demand, place))
-        await exchange.reply(200, vectors.encoded(), vectors.headers)
+        told = why_headers(exchange, demands[0].id)
+        await exchange.reply(200, vectors.encoded(), [*vectors.headers, *told])
 
 
 def to_base64(vector: list[float]) -> str:
@@ -103,6 +103,7 @@ def _demand(asker: Asker, model: str, texts: tuple[str, ...], *, suffix: str) ->
         prompt_tokens=estimate_tokens(size_bytes),
         prompt_bytes=size_bytes,
         output_tokens_max=0,
+        deadline=asker.deadline,
     )
 
 

@@ -47,6 +47,11 @@ class Answers(Protocol):
         ...
 
     @property
+    def lease(self) -> str:
+        """Its lease."""
+        ...
+
+    @property
     def limits(self) -> dict[str, str]:
         """The x-ratelimit headers of the member who asks."""
         ...
@@ -124,6 +129,10 @@ class _Single:
         return self.answer.node
 
     @property
+    def lease(self) -> str:
+        return self.answer.lease
+
+    @property
     def limits(self) -> dict[str, str]:
         return self.answer.limits
 
@@ -150,6 +159,7 @@ class Merged:
 
     asked: Asked
     node: str = ""
+    lease: str = ""
     limits: dict[str, str] = field(default_factory=dict[str, str])
     _answers: list[Answer | None] = field(default_factory=list[Answer | None])
     _queue: asyncio.Queue[_Entry] = field(
@@ -185,7 +195,7 @@ class Merged:
         if isinstance(entry, AnserError):
             raise entry
         assert isinstance(entry, Answer)
-        self.node, self.limits = entry.node, entry.limits
+        self.node, self.lease, self.limits = entry.node, entry.lease, entry.limits
 
     async def run(self, gateway: Gateway, index: int, place: Reservation) -> None:
         """Carry one answer into the queue."""

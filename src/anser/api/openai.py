@@ -14,11 +14,12 @@ import msgspec
 
 from anser.api import sse
 from anser.api.assemble import ChatChoice, TextChoice, usage_object
-from anser.api.demands import Asked, Asker, ask_chat, ask_completion
+from anser.api.demands import Asked, Asker, ask_chat, ask_completion, asker_of
 from anser.api.errors import Headers
 from anser.api.exchange import Exchange
 from anser.api.merge import Answers, answer_all
 from anser.api.rewrite import Rewriter
+from anser.api.why import why_headers
 from anser.services.members import Principal
 
 __all__ = ["chat", "completion", "node_headers"]
@@ -68,10 +69,8 @@ def node_headers(node: str, limits: dict[str, str]) -> Headers:
 
 
 async def _serve(exchange: Exchange, principal: Principal, dialect: _Dialect) -> None:
-    body = await exchange.read()
-    services = exchange.services
-    asker = Asker(services=services, member=principal.member, request_id=exchange.id)
-    asked = dialect.ask(asker, body)
+    asker, services = asker_of(exchange, principal), exchange.services
+    asked = dialect.ask(asker, await exchange.read())
     answering = _Answering(exchange, dialect, asked, int(services.clock.wall()))
     async with exchange.watched(), answer_all(services.gateway, asked) as answers:
         await (answering.stream(answers) if asked.stream else answering.whole(answers))
@@ -95,13 +94,12 @@ class _Answering:
             "choices": [choice.finished(index) for index, choice in enumerate(choices)],
             "usage": usage_object(answers.usage),
         }
-        headers = node_headers(answers.node, answers.limits)
+        headers = self._headers(answers)
         await self.exchange.reply(200, msgspec.json.encode(body), headers)
 
     async def stream(self, answers: Answers) -> None:
         """Pass each chunk on when it comes; usage, if asked for, is the platform's own count."""
-        headers = node_headers(answers.node, answers.limits)
-        await self.exchange.open(200, [*sse.HEADERS, *headers])
+        await self.exchange.open(200, [*sse.HEADERS, *self._headers(answers)])
         rewriter = Rewriter(self.asked, self._head(self.dialect.chunk))
         for chunk in rewriter.opening():
             await self.exchange.write(sse.event(chunk))
@@ -121,6 +119,11 @@ class _Answering:
             "anser": {"node": answers.node},
         }
         return msgspec.json.encode(chunk)
+
+    def _headers(self, answers: Answers) -> Headers:
+        request = answers.lease.rpartition(".")[0]
+        told = why_headers(self.exchange, request)
+        return [*node_headers(answers.node, answers.limits), *told]
 
     def _head(self, kind: str) -> dict[str, object]:
         """The fields that every object of an answer begins with."""

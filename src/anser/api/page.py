@@ -7,7 +7,7 @@ files: they may be kept for ever, and the ES modules find each other by relative
 
 Invariants: every page answer carries the same security headers; nothing that a member, a node or
 a model has written is put into a page other than escaped; the page shows a visitor no more of the
-pool than `/v1/pool` would.
+pool than `/v1/pool` and `/v1/fairness` would.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from starlette.routing import Route
 
 from anser import __version__
 from anser.api.context import Services
+from anser.services.fairness import Evenness
 from anser.services.pool import ModelView, NodeView, PoolView, view_of
 
 __all__ = [
@@ -104,8 +105,11 @@ def routes(services: Services) -> list[Route]:
 
     async def front(request: Request) -> Response:
         visit = _visit(request, services)
-        pool = view_of(services.fleet, services.gateway) if visit.open else None
-        return _page(render_front(visit, pool))
+        if not visit.open:
+            return _page(render_front(visit, None))
+        look = services.gateway.fairness.look(services.clock.now())
+        pool = view_of(services.fleet, services.gateway)
+        return _page(render_front(visit, pool, look.evenness))
 
     return [
         Route("/", front, name="front"),
@@ -143,7 +147,7 @@ def wants_page(path: str, headers: Headers) -> bool:
     return not path.startswith("/v1") and "text/html" in headers.get("accept", "")
 
 
-def render_front(visit: Visit, pool: PoolView | None) -> str:
+def render_front(visit: Visit, pool: PoolView | None, evenness: Evenness | None = None) -> str:
     """The first page; `None` is a pool that this visitor may not see without a key."""
     words = texts(visit.language)
     chosen = None if pool is None else pool.default
@@ -154,6 +158,7 @@ def render_front(visit: Visit, pool: PoolView | None) -> str:
         origin=visit.origin,
         pool=_pool_in_words(pool or PoolView(), words),
         seen=pool is not None,
+        fair=_evenness_in_words(evenness or Evenness(), words["live"]),
         skein=_SKEIN,
         chosen=chosen,
         snippets=_snippets(visit, words["call"]["any_model"] if chosen is None else chosen),
@@ -276,6 +281,21 @@ def _pool_in_words(pool: PoolView, words: Mapping[str, Mapping[str, str]]) -> di
         "running": f"{pool.running:,}",
         "running_of": live["of"].format(total=f"{pool.slots:,}"),
     }
+
+
+def _evenness_in_words(evenness: Evenness, live: Mapping[str, str]) -> dict[str, str]:
+    """What fair.js says too."""
+    jain, gap, bound = evenness.jain, evenness.gap, evenness.bound
+    return {
+        "members": f"{evenness.members:,}",
+        "even": live["nothing"] if jain is None else f"{jain:.3f}",
+        "gap": live["nothing"] if gap is None else _credits(gap),
+        "bound": "" if bound is None else live["at_most"].format(most=_credits(bound)),
+    }
+
+
+def _credits(micro: int) -> str:
+    return f"{micro / 1_000_000:,.0f}"
 
 
 def _node_in_words(node: NodeView, words: Mapping[str, Mapping[str, str]]) -> dict[str, Any]:

@@ -1,7 +1,7 @@
-"""What anybody may know: the pool's live state, one's own usage and receipts, the signing key.
+"""What anybody may know: the pool's state, one's own usage, receipts and waits, the signing key.
 
-Another member's usage and receipts are answered like what does not exist; only an operator's key
-sees all. The pool's state names nodes and models, never a member.
+Another member's usage, receipts and waits are answered like what does not exist; only an operator's
+key sees all. The pool's state names nodes and models, never a member.
 """
 
 from __future__ import annotations
@@ -11,7 +11,9 @@ from starlette.routing import Route
 
 from anser.api.auth import Doorkeeper
 from anser.api.context import Services
+from anser.api.fairness import fairness_of
 from anser.api.reply import json_route, member_of, query_number, query_text
+from anser.api.why import why_of, why_unknown
 from anser.core.errors import NotFound, Unauthenticated
 from anser.core.members import Scope
 from anser.ports import UsageRow
@@ -23,6 +25,8 @@ __all__ = ["PATHS", "node_object", "pool", "request_of", "routes", "usage_since"
 PATHS = (
     ("GET", "/v1/usage"),
     ("GET", "/v1/receipts/{request}"),
+    ("GET", "/v1/why/{request}"),
+    ("GET", "/v1/fairness"),
     ("GET", "/v1/pool"),
     ("GET", "/v1/signing-key"),
 )
@@ -36,7 +40,14 @@ _ANSWER_KINDS = ("chatcmpl", "cmpl")
 def routes(services: Services, doorkeeper: Doorkeeper) -> list[Route]:
     """The routes of this module."""
     shown = _Shown(services, doorkeeper)
-    handlers = (shown.usage, shown.receipt, shown.pool, shown.signing_key)
+    handlers = (
+        shown.usage,
+        shown.receipt,
+        shown.why,
+        shown.fairness,
+        shown.pool,
+        shown.signing_key,
+    )
     return [
         json_route(path, {method: handler})
         for (method, path), handler in zip(PATHS, handlers, strict=True)
@@ -135,6 +146,16 @@ class _Shown:
         if not _may_see(principal, document["receipt"]["member"]):
             raise missing
         return document
+
+    async def why(self, request: Request) -> object:
+        principal = member_of(request, self._doorkeeper)
+        found = why_of(self._services, request_of(str(request.path_params["request"])))
+        if not _may_see(principal, found["member"]):
+            raise why_unknown()
+        return found
+
+    async def fairness(self, request: Request) -> object:
+        return fairness_of(self._services, member_of(request, self._doorkeeper))
 
     async def pool(self, request: Request) -> object:
         member_of(request, self._doorkeeper)

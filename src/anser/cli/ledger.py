@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from cyclopts import App, Parameter
 
@@ -16,12 +16,14 @@ from anser.cli.common import (
     STANDARD_INPUT,
     Anywhere,
     Duration,
+    Place,
     Shaped,
     quoted,
+    run,
 )
 from anser.cli.messages import tr
 from anser.cli.output import print_json, print_line, print_table, safe
-from anser.core.errors import InvalidField
+from anser.core.errors import InvalidField, Unavailable
 
 __all__ = ["receipt_app", "usage"]
 
@@ -40,14 +42,20 @@ _SUMS = (
     "completion_tokens",
 )
 _WEEK_S = 604_800.0
+_MICRO = 1_000_000
 _Since = Annotated[Duration, Parameter(show_default=False)]
 _Output = Annotated[Path | None, Parameter(alias="-o")]
 
 
 def usage(
-    member: str | None = None, /, *, since: _Since = _WEEK_S, at: Anywhere = ANYWHERE
+    member: str | None = None,
+    /,
+    *,
+    since: _Since = _WEEK_S,
+    fairness: Annotated[bool, Parameter(negative="", show_default=False)] = False,
+    at: Anywhere = ANYWHERE,
 ) -> None:
-    """Show requests and tokens by member and model.
+    """Show requests and tokens by member and model, or how fairly the pool is shared now.
 
     Example: `anser usage physics --since 30d`
 
@@ -57,7 +65,12 @@ def usage(
         Only this member and all below it.
     since
         How far back: 90s, 15m, 12h, 30d, 2w; one week if not given.
+    fairness
+        Instead: shares against entitlements, of the last five minutes.
     """
+    if fairness:
+        _show_fairness(at)
+        return
     query: dict[str, str | float] = {"since_s": since}
     if member is not None:
         query["member"] = member
@@ -68,6 +81,34 @@ def usage(
     names = ("member", "model", *_SUMS)
     rows = [tuple(row[name] for name in names) for row in found["usage"]]
     print_table(tuple(name.replace("_tokens", "") for name in names), rows)
+
+
+def _show_fairness(at: Place) -> None:
+    """Every row for operators, one's own path for others, and all in one figure."""
+    from anser.cli.control import running
+
+    if not at.url and not run(running(at.load().config)):
+        raise Unavailable(tr("top.none"))
+    found = ask(at, "GET", "/v1/fairness")
+    if at.json:
+        print_json(found)
+        return
+    rows = found.get("members", found["levels"])
+    names = ("member", "weight", "share", "due", "queued", "running")
+    print_table(names, [_fair_row(row) for row in rows])
+    print_line()
+    whole = found["all"]
+    jain, gap, bound = whole["jain"], whole["gap_micro_credits"], whole["bound_micro_credits"]
+    even = "-" if jain is None else f"{jain:.3f}"
+    print_line(tr("usage.even", members=whole["members"], jain=even))
+    if gap is not None:
+        print_line(tr("usage.gap", gap=f"{gap / _MICRO:,.0f}", bound=f"{bound / _MICRO:,.0f}"))
+
+
+def _fair_row(row: dict[str, Any]) -> tuple[object, ...]:
+    share = None if row["share"] is None else f"{row['share']:.1%}"
+    due, weight = f"{row['entitlement']:.1%}", f"{row['weight'] / 1_000:g}"
+    return row["member"], weight, share, due, row.get("queued"), row.get("running")
 
 
 @receipt_app.command(name="get")

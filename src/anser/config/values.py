@@ -141,6 +141,11 @@ class GatewaySettings:
         high=2**24,
     )
     probe_interval_s: float = _seconds(10.0, "How often each node's health is asked, seconds.")
+    cache_sharing: str = _setting(
+        "platform",
+        "Who shares the engines' prompt caches: the platform, or each organisation for itself.",
+        choices=("platform", "organisation"),
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

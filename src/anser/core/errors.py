@@ -27,6 +27,7 @@ AnserError
 ├── Unavailable                503  the platform cannot serve this now
 │   ├── NoNode                 503  the model exists, but no node serves it now
 │   ├── QueueTimeout           503  the request waited for a slot as long as it may
+│   ├── DeadlineUnreachable    503  no first token can come by the request's own deadline
 │   ├── Overloaded             503  a limit of the platform itself was reached
 │   └── ShuttingDown           503  it drains; another address or a moment later
 ├── StoreError                 503  the store could not do what was asked
@@ -55,6 +56,7 @@ __all__ = [
     "Conflict",
     "ContextTooLong",
     "DataDirInUse",
+    "DeadlineUnreachable",
     "DigestMismatch",
     "EngineBroken",
     "EngineDeclined",
@@ -305,6 +307,12 @@ class QueueTimeout(Unavailable):
     """The request waited for a slot as long as it may."""
 
     code = "queue_timeout"
+
+
+class DeadlineUnreachable(Unavailable):
+    """No first token can come, or has come, by the request's own deadline."""
+
+    code = "deadline_unreachable"
 
 
 class Overloaded(Unavailable):

@@ -65,6 +65,8 @@ __all__ = [
     "RECORD_TIMEOUT_S",
     "REDIRECTS_MAX",
     "RETRIES_MAX",
+    "RETRY_AFTER_MAX_S",
+    "RETRY_AFTER_MIN_S",
     "SCHEMA_BYTES_MAX",
     "SCHEMA_ENUM_MAX",
     "SCHEMA_EXPANDED_MAX",
@@ -84,6 +86,7 @@ __all__ = [
     "TOOLS_BYTES_MAX",
     "TOOLS_MAX",
     "TOP_LOGPROBS_MAX",
+    "WHY_MAX",
     "WRITE_TIMEOUT_S",
 ]
 
@@ -125,6 +128,8 @@ START_WAIT_S = 3_600.0  # for a model that is still being fetched or loaded
 FIRST_TOKEN_TIMEOUT_S = 120.0
 TOKEN_GAP_TIMEOUT_S = 30.0
 RETRIES_MAX = 3
+RETRY_AFTER_MIN_S = 1.0  # told to who is turned away from the queue, however short it is
+RETRY_AFTER_MAX_S = 600.0  # and however long
 STREAM_BUFFER_MAX = 64  # chunks between an engine and its client
 
 # What one platform holds.
@@ -137,6 +142,7 @@ NODES_MAX = 4_096
 NODE_MODELS_MAX = 256
 NODE_SLOTS_MAX = 4_096
 MODEL_NAME_CHARS_MAX = 256
+WHY_MAX = 4_096  # requests of which it is remembered why they waited and went where they went
 
 # What the ledger and the store hold and wait for.
 BATCH_RECEIPTS_MAX = 512  # in one group commit

@@ -60,6 +60,7 @@ from anser.core.picking import Picker
 from anser.core.prefix import PrefixIndex
 from anser.core.rules import DESIGN, Rules
 from anser.core.slots import NodeSlots, Slots
+from anser.core.virtual import Pool
 
 __all__ = ["Scheduler"]
 
@@ -119,6 +120,17 @@ class Scheduler:
     def standings(self) -> list[Standing]:
         """A row for each member that waits, runs or is ahead of others; parents come first."""
         return self._shares.standings()
+
+    def key_of(self, member: str) -> tuple[Pool, int] | None:
+        """The pool in which it, or something below it, waits, and its key there.
+
+        None where nothing waits, or it is in several: then a key says what others served it, too.
+        """
+        account = self._shares.find(member)
+        if account is None or not account.lanes or len(account.bases) != 1:
+            return None
+        [pool] = account.bases
+        return pool, account.key_in(pool)
 
     def handle(self, event: Event, now: float) -> list[Decision]:
         """Take one event at monotonic time `now` (seconds) and say what has to be done."""

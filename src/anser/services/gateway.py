@@ -27,6 +27,7 @@ from dataclasses import dataclass, field
 from anser.config import GatewaySettings
 from anser.core.errors import (
     AnserError,
+    DeadlineUnreachable,
     EngineBroken,
     EngineError,
     EngineRefused,
@@ -38,32 +39,26 @@ from anser.core.errors import (
     ShuttingDown,
 )
 from anser.core.events import (
-    Cancelled,
-    Decision,
-    Event,
     Failed,
     Finished,
     Lease,
-    NodeChanged,
-    NodeGone,
     Progressed,
-    Refused,
     Request,
-    Start,
-    Submitted,
-    Weighed,
 )
 from anser.core.health import NodeState
 from anser.core.ledger import Outcome, Receipt, Usage
 from anser.core.scheduler import Scheduler
 from anser.ports import Call, Clock, Engine, Route
 from anser.services.chunks import Ending, Piece, Tally, read_embedding_usage, read_opening
+from anser.services.dispatch import Dispatch
+from anser.services.fairness import Fairness
 from anser.services.fleet import Fleet
 from anser.services.ledger import Ledger
 from anser.services.members import Members
 from anser.services.reservation import Reservation
-from anser.services.run import Demand, Patience, Run, call_for
+from anser.services.run import Demand, Patience, Run, call_for, come_back_s
 from anser.services.stats import NodeRow, Snapshot, Stats
+from anser.services.why import Whys
 
 __all__ = ["Answer", "Demand", "Embedded", "Gateway", "NodeRow", "Snapshot"]
 
@@ -123,21 +118,39 @@ class Gateway:
     factor_of: Callable[[str], int] = lambda _: 1_000  # a model's price factor, in thousandths
     stats: Stats = field(default_factory=Stats)
     draining: bool = False
-    empty: asyncio.Event = field(default_factory=asyncio.Event)
-    _runs: dict[str, Run] = field(default_factory=dict[str, Run])
+    _dispatch: Dispatch = field(init=False)
 
     def __post_init__(self) -> None:
-        self.empty.set()
-        self.members.subscribe(self._weighed)
-        self.fleet.subscribe(self._fleet_changed)
+        self._dispatch = Dispatch(
+            scheduler=self.scheduler,
+            clock=self.clock,
+            hopeless=self.fleet.hopeless,
+            weight_of=self.members.weight,
+        )
+        self.members.subscribe(self._dispatch.weighed)
+        self.fleet.subscribe(self._dispatch.fleet_changed)
 
     def __repr__(self) -> str:
-        return f"<Gateway runs={len(self._runs)} draining={self.draining} {self.scheduler!r}>"
+        return f"<Gateway draining={self.draining} {self._dispatch!r}>"
 
     def validate(self) -> None:
         """Assert the invariants: the scheduler knows no request that the gateway does not."""
-        self.scheduler.validate()
-        assert self.scheduler.queued + self.scheduler.running <= len(self._runs), self
+        self._dispatch.validate()
+
+    @property
+    def whys(self) -> Whys:
+        """Why the newest requests waited, and went where they went."""
+        return self._dispatch.whys
+
+    @property
+    def fairness(self) -> Fairness:
+        """How evenly service goes round."""
+        return self._dispatch.fairness
+
+    @property
+    def empty(self) -> asyncio.Event:
+        """Set while no request is in flight."""
+        return self._dispatch.empty
 
     @asynccontextmanager
     async def answer(
@@ -146,7 +159,7 @@ class Gateway:
         """Admit, queue and start `demand`, in a `place` if it has one; yields at its first chunk.
 
         Leaving the context before the pieces end cancels the request. Raises LimitReached,
-        ModelNotFound, NoNode, QueueTimeout, EngineError, EngineRefused, ShuttingDown.
+        ModelNotFound, EngineError, EngineRefused, and each Unavailable.
         """
         run = self._admit(demand, place)
         async with AsyncExitStack() as stream:
@@ -194,7 +207,7 @@ class Gateway:
     def snapshot(self) -> Snapshot:
         """What is waiting and running now."""
         busy: dict[str, int] = {}
-        for run in self._runs.values():
+        for run in self._dispatch.runs.values():
             if run.lease is not None:
                 busy[run.lease.node] = busy.get(run.lease.node, 0) + 1
         return Snapshot(
@@ -215,7 +228,7 @@ class Gateway:
         if self.draining:
             raise ShuttingDown("This platform is stopping.", retry_after_s=_RETRY_AFTER_S)
         self._check_model(demand.model)
-        if len(self._runs) >= self.ledger.room:
+        if len(self._dispatch.runs) >= self.ledger.room:
             message = "Too many receipts wait for the disk."
             raise Overloaded(message, retry_after_s=_RETRY_AFTER_S)
         reservation = place or self.members.reserve(
@@ -227,26 +240,29 @@ class Gateway:
             demand=demand,
             reservation=reservation,
             patience=Patience(self.clock.now(), self.settings.queue_timeout_s),
-            queued_ms=self._wall_ms(),
+            queued_ms=self._dispatch.wall_ms(),
             ready=asyncio.get_running_loop().create_future(),
             tally=Tally(demand.prompt_tokens, demand.prompt_bytes),
         )
-        self._runs[demand.id] = run
-        self.empty.clear()
-        request = Request(
+        try:
+            self._dispatch.submit(run, self._request(demand))
+        except AnserError:
+            run.reservation.withdraw()
+            raise
+        return run
+
+    def _request(self, demand: Demand) -> Request:
+        return Request(
             id=demand.id,
             member=demand.member,
             model=demand.model,
             prompt_tokens=demand.prompt_tokens,
             output_tokens_max=demand.output_tokens_max,
             factor_milli=self.factor_of(demand.model),
+            chain=demand.chain,
+            text_bytes=demand.prompt_bytes,
+            deadline=demand.deadline,
         )
-        self._handle(Submitted(request=request))
-        if run.ready.done() and (refusal := run.ready.exception()) is not None:
-            self._remove(run)  # refused at once: it was never in flight
-            run.reservation.withdraw()
-            raise refusal
-        return run
 
     def _check_model(self, model: str) -> None:
         states = self._states(model)
@@ -268,12 +284,13 @@ class Gateway:
         while True:
             lease = await self._lease(run)
             try:
-                async with asyncio.timeout(self.settings.first_token_timeout_s):
+                async with asyncio.timeout(self._first_token_s(run)):
                     chunks = await stream.enter_async_context(self._open(run, lease))
                     opening = await read_opening(run.tally, chunks)
                 run.began = True
                 return _Chunks(opening, chunks)
             except TimeoutError:
+                self._check_deadline(run)
                 error: EngineError = EngineStalled("The engine gave no first token in time.")
             except EngineRefused:
                 raise
@@ -300,11 +317,12 @@ class Gateway:
             lease = await self._lease(run)
             try:
                 engine, call = self._call(run, lease)
-                async with asyncio.timeout(self.settings.first_token_timeout_s):
+                async with asyncio.timeout(self._first_token_s(run)):
                     data = await engine.embed(call)
                 run.began = True
                 return data
             except TimeoutError:
+                self._check_deadline(run)
                 error: EngineError = EngineStalled("The engine gave no embeddings in time.")
             except EngineRefused:
                 raise
@@ -313,27 +331,44 @@ class Gateway:
             self._failed_before_first(run, lease, error)
 
     async def _lease(self, run: Run) -> Lease:
-        """Wait for a slot. Raises QueueTimeout, Overloaded, or the last node's error."""
+        """Wait for a slot. Raises Unavailable, or the last node's error."""
         lease = await run.started(
-            self.clock, lambda: self._states(run.demand.model) == {NodeState.STARTING}
+            self.clock,
+            starting=lambda: self._states(run.demand.model) == {NodeState.STARTING},
+            wait_s=lambda: self._wait_s(run.demand),
         )
         run.reservation.started()
         self.stats.queue_s.observe(self.clock.now() - run.queued_at)
         return lease
 
+    def _wait_s(self, demand: Demand) -> float:
+        return self.scheduler.wait_s(demand.member, demand.model)
+
+    def _first_token_s(self, run: Run) -> float:
+        """How long an engine has for the first token."""
+        left_s = run.demand.left_s(self.clock.now())
+        return max(0.0, min(self.settings.first_token_timeout_s, left_s))
+
+    def _check_deadline(self, run: Run) -> None:
+        """Raise DeadlineUnreachable once it has passed: no node is to blame, none is tried."""
+        if run.demand.left_s(self.clock.now()) <= 0:
+            run.late = True
+            message = "No first token came by the request's deadline."
+            raise DeadlineUnreachable(message, retry_after_s=come_back_s(self._wait_s(run.demand)))
+
     def _failed_before_first(self, run: Run, lease: Lease, error: EngineError) -> None:
         """Tell scheduler and fleet; the run waits again, or its future holds the refusal."""
         self.fleet.failed(lease.node, error)
-        run.close_lease(error.code, tokens=run.tally.tokens, wall_ms=self._wall_ms())
+        run.close_lease(error.code, tokens=run.tally.tokens, wall_ms=self._dispatch.wall_ms())
         run.opened = False
         run.ready = asyncio.get_running_loop().create_future()
         run.tally = Tally(run.demand.prompt_tokens, run.demand.prompt_bytes)
         run.reservation.requeued()
         self.stats.retries += 1
-        for refused in self._handle(Failed(lease=lease.id, delivered=Usage(), retry=True)):
-            if refused.request == run.demand.id and not run.ready.done():
-                run.ready.set_exception(error)
-        if run.lease is None and not run.ready.done() and self.fleet.hopeless(run.demand.model):
+        again = self._dispatch.lost(run, lease, error)
+        if run.ready.done():
+            return
+        if not again or (run.lease is None and self.fleet.hopeless(run.demand.model)):
             run.ready.set_exception(error)
 
     # From the first chunk to the receipt
@@ -383,7 +418,7 @@ class Gateway:
     def _deliver(self, run: Run, tokens: int) -> None:
         run.delivered += tokens
         if tokens and run.first_token_ms is None:
-            run.first_token_ms = run.moment(self._wall_ms())
+            run.first_token_ms = run.moment(self._dispatch.wall_ms())
             self.stats.first_token_s.observe(self.clock.now() - run.queued_at)
 
     def _progress(self, run: Run, tokens: int) -> None:
@@ -393,7 +428,7 @@ class Gateway:
         untold = run.tally.tokens - run.told
         if untold and now - run.told_at >= _COALESCE_S and run.lease is not None:
             run.told, run.told_at = run.tally.tokens, now
-            self._handle(Progressed(lease=run.lease.id, tokens=untold))
+            self._dispatch.tell(Progressed(lease=run.lease.id, tokens=untold))
 
     # The end
 
@@ -416,15 +451,15 @@ class Gateway:
         generated, delivered = run.generated(outcome), run.received(outcome)
         lease = run.lease
         self._report_node(run, outcome, error)
-        code, wall_ms = None if error is None else error.code, self._wall_ms()
+        code, wall_ms = None if error is None else error.code, self._dispatch.wall_ms()
         run.close_lease(code, tokens=generated.completion_tokens, wall_ms=wall_ms)
-        self._remove(run)
+        self._dispatch.remove(run)
         if lease is None:
-            self._handle(Cancelled(request=run.demand.id))
+            self._dispatch.left(run, code)
         elif outcome is Outcome.FAILED and isinstance(error, EngineError):
-            self._handle(Failed(lease=lease.id, delivered=delivered, retry=False))
+            self._dispatch.tell(Failed(lease=lease.id, delivered=delivered, retry=False))
         else:
-            self._handle(Finished(lease=lease.id, usage=generated))
+            self._dispatch.tell(Finished(lease=lease.id, usage=generated))
         run.reservation.settle(
             prompt_tokens=generated.prompt_tokens,
             completion_tokens=generated.completion_tokens,
@@ -443,58 +478,9 @@ class Gateway:
         elif outcome is Outcome.FINISHED:
             self.fleet.succeeded(run.lease.node)
 
-    def _remove(self, run: Run) -> None:
-        del self._runs[run.demand.id]
-        if not self._runs:
-            self.empty.set()
-
     def _count(self, run: Run, outcome: Outcome, delivered: Usage) -> None:
         self.stats.outcomes[run.demand.route.name.lower(), outcome.value] += 1
         self.stats.tokens["prompt"] += delivered.prompt_tokens
         self.stats.tokens["cached"] += delivered.cached_tokens
         self.stats.tokens["completion"] += delivered.completion_tokens
         self.stats.duration_s.observe(self.clock.now() - run.queued_at)
-
-    # The scheduler
-
-    def _handle(self, event: Event) -> list[Refused]:
-        """Give the scheduler an event and act on all of its decisions; returns its refusals."""
-        refusals: list[Refused] = []
-        for decision in self.scheduler.handle(event, self.clock.now()):
-            self._act(decision, refusals)
-        return refusals
-
-    def _act(self, decision: Decision, refusals: list[Refused]) -> None:
-        match decision:
-            case Start(lease=lease):
-                run = self._runs[lease.request]
-                run.lease, run.lease_started_ms = lease, run.moment(self._wall_ms())
-                run.told = 0
-                if not run.ready.done():  # else its client has just left
-                    run.ready.set_result(lease)
-            case Refused(request=request, code="overloaded"):
-                message = "This platform has as many requests waiting as it takes."
-                refused = Overloaded(
-                    message, retry_after_s=decision.retry_after_s or _RETRY_AFTER_S
-                )
-                run = self._runs[request]
-                if not run.ready.done():  # else its client has just left
-                    run.ready.set_exception(refused)
-            case Refused():
-                refusals.append(decision)
-            case _:  # Abort: the request's own task stops its engine
-                pass
-
-    def _weighed(self, member: str, weight: int) -> None:
-        self._handle(Weighed(member=member, weight=weight))
-
-    def _fleet_changed(self, event: NodeChanged | NodeGone) -> None:
-        self._handle(event)
-        for run in self._runs.values():
-            if run.lease is None and not run.ready.done():
-                hopeless = self.fleet.hopeless(run.demand.model)
-                if hopeless is not None:  # or it would wait for a slot that will not come
-                    run.ready.set_exception(hopeless)
-
-    def _wall_ms(self) -> int:
-        return int(self.clock.wall() * 1_000)

@@ -5,19 +5,21 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from math import inf
 
-from anser.core.errors import AnserError, EngineError, QueueTimeout
+from anser.core.errors import AnserError, DeadlineUnreachable, EngineError, QueueTimeout
 from anser.core.events import Lease
-from anser.core.fleet import Offer
+from anser.core.fleet import EngineKind, Offer
 from anser.core.ledger import LeaseRecord, Outcome, Receipt, Usage
-from anser.core.limits import START_WAIT_S
+from anser.core.limits import RETRY_AFTER_MAX_S, RETRY_AFTER_MIN_S, START_WAIT_S
+from anser.core.prefix import Chain
 from anser.ports import Call, Clock, Route
 from anser.services.chunks import Tally
 from anser.services.reservation import Reservation
 
-__all__ = ["Demand", "Patience", "Run", "call_for"]
+__all__ = ["Demand", "Patience", "Run", "call_for", "come_back_s"]
 
-_RETRY_AFTER_S = 5.0
+_RETRY_AFTER_S = 5.0  # where nobody knows better
 _LOOK_S = 5.0  # how often a request looks whether its model still starts
 
 
@@ -33,6 +35,13 @@ class Demand:
     prompt_tokens: int
     prompt_bytes: int
     output_tokens_max: int
+    chain: Chain = ()  # its prompt's blocks, if caches are kept of such prompts
+    cache_salt: str | None = None  # for engines that keep caches apart by it
+    deadline: float | None = None  # monotonic seconds: its first token is of no use after it
+
+    def left_s(self, now: float) -> float:
+        """Seconds until its deadline."""
+        return inf if self.deadline is None else self.deadline - now
 
 
 @dataclass(slots=True)
@@ -80,6 +89,7 @@ class Run:
     silent_s: float = 0.0  # waited for the engine since its last token
     opened: bool = False  # its engine has been asked
     began: bool = False  # its engine has answered
+    late: bool = False  # its deadline has passed while its engine worked
     blame: EngineError | None = None  # what its node did wrong, though the answer ended well
     first_token_ms: int | None = None
     closed: bool = False
@@ -90,21 +100,32 @@ class Run:
         """When it was admitted."""
         return self.patience.asked_at
 
-    async def started(self, clock: Clock, starting: Callable[[], bool]) -> Lease:
+    async def started(
+        self, clock: Clock, *, starting: Callable[[], bool], wait_s: Callable[[], float]
+    ) -> Lease:
         """Wait for a slot; `starting` tells whether all nodes of its model are still starting.
 
-        Raises QueueTimeout, or what `ready` was told.
+        `wait_s` is how long one more request like it would wait now. Raises QueueTimeout,
+        DeadlineUnreachable, or what `ready` was told.
         """
         while not self.ready.done():
-            left_s = self.patience.left_s(clock.now(), starting=starting())
+            now = clock.now()
+            left_s = self.patience.left_s(now, starting=starting())
+            left_s = min(left_s, self.demand.left_s(now))
             if left_s <= 0:
-                message = f"No slot became free in {self.patience.most_s:.0f} s."
-                if self.patience.starting:
-                    message = f"{self.demand.model} is still being fetched or loaded."
-                raise QueueTimeout(message, retry_after_s=_RETRY_AFTER_S)
+                raise self._out_of_patience(now, come_back_s(wait_s()))
             await asyncio.wait({self.ready}, timeout=left_s)
         self.patience.starting = False  # a retry goes on with the time that is left
         return self.ready.result()
+
+    def _out_of_patience(self, now: float, retry_after_s: float) -> AnserError:
+        if self.demand.left_s(now) <= 0:
+            message = "No slot became free by the request's deadline."
+            return DeadlineUnreachable(message, retry_after_s=retry_after_s)
+        message = f"No slot became free in {self.patience.most_s:.0f} s."
+        if self.patience.starting:
+            message = f"{self.demand.model} is still being fetched or loaded."
+        return QueueTimeout(message, retry_after_s=retry_after_s)
 
     def moment(self, wall_ms: int) -> int:
         """`wall_ms` as this request's time, which never goes back, whatever the clock does."""
@@ -112,8 +133,9 @@ class Run:
         return self._latest_ms
 
     def generated(self, outcome: Outcome) -> Usage:
-        """What the node has worked for: a client that leaves pays for the prompt as well."""
-        if not self.opened or (outcome is Outcome.FAILED and not self.began):
+        """What the node has worked for: who leaves, or comes too late, pays for the prompt too."""
+        failed = outcome is Outcome.FAILED and not self.began and not self.late
+        if not self.opened or failed:
             return Usage()
         return self.tally.settled()
 
@@ -161,9 +183,22 @@ class Run:
         )
 
 
+def come_back_s(wait_s: float | None) -> float:
+    """`retry-after` for a request that would have to wait so long; None and infinity: unknown.
+
+    >>> come_back_s(0.2), come_back_s(42.0), come_back_s(86_400.0), come_back_s(None)
+    (1.0, 42.0, 600.0, 5.0)
+    """
+    if wait_s is None or wait_s == inf:
+        return _RETRY_AFTER_S
+    return min(max(wait_s, RETRY_AFTER_MIN_S), RETRY_AFTER_MAX_S)
+
+
 def call_for(demand: Demand, lease: Lease, offer: Offer) -> Call:
     """The demand in the engine's own names; usage is always asked for, n is always 1."""
     body = {**demand.body, "model": offer.engine_model}
+    if demand.cache_salt is not None and offer.engine is EngineKind.VLLM:
+        body["cache_salt"] = demand.cache_salt
     if demand.route is not Route.EMBEDDINGS:
         body |= {"stream": True, "stream_options": {"include_usage": True}, "n": 1}
     return Call(lease=lease.id, route=demand.route, body=body)

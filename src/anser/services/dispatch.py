@@ -1,0 +1,175 @@
+"""The requests in flight, and what the scheduler decides for them.
+
+Theory of operation. Whatever happens to a request is told to the scheduler here, and nowhere else
+(`tell`): each of its decisions wakes the request's own task, by the future that it waits for. So
+a request that waits learns within one call that it has a slot, or that it will never have one.
+
+Invariants: the scheduler knows no request that is not in flight here.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from anser.core.errors import AnserError, DeadlineUnreachable, EngineError, Overloaded
+from anser.core.events import (
+    Cancelled,
+    Decision,
+    Event,
+    Failed,
+    Finished,
+    Lease,
+    NodeChanged,
+    NodeGone,
+    Progressed,
+    Refused,
+    Request,
+    Start,
+    Submitted,
+    Weighed,
+)
+from anser.core.ledger import Usage
+from anser.core.scheduler import Scheduler
+from anser.ports import Clock
+from anser.services.fairness import Fairness
+from anser.services.run import Run, come_back_s
+from anser.services.why import Trail, Whys
+
+__all__ = ["Dispatch"]
+
+
+@dataclass(slots=True, kw_only=True)
+class Dispatch:
+    """The scheduler's voice: what it decides reaches the request that it is about."""
+
+    scheduler: Scheduler
+    clock: Clock
+    hopeless: Callable[[str], AnserError | None]  # why a model will not be served soon, if so
+    weight_of: Callable[[str], int]  # a member's, in thousandths
+    empty: asyncio.Event = field(default_factory=asyncio.Event)
+    runs: dict[str, Run] = field(default_factory=dict[str, Run])
+    whys: Whys = field(default_factory=Whys)
+    fairness: Fairness = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.empty.set()
+        self.fairness = Fairness(self.scheduler, self.weight_of)
+
+    def __repr__(self) -> str:
+        return f"<Dispatch runs={len(self.runs)} {self.scheduler!r}>"
+
+    def validate(self) -> None:
+        """Assert the invariants of the module's docstring."""
+        self.scheduler.validate()
+        self.whys.validate()
+        self.fairness.validate()
+        assert self.scheduler.queued + self.scheduler.running <= len(self.runs), self
+        assert self.empty.is_set() == (not self.runs), self
+
+    def submit(self, run: Run, request: Request) -> None:
+        """Let `run` start or wait. Raises what it is refused for at once: it was never here."""
+        self.runs[request.id] = run
+        self.empty.clear()
+        trail = Trail(
+            request=request,
+            came_ms=run.queued_ms,
+            queued=self.scheduler.queued,
+            queued_own=self.scheduler.queued_of(request.member),
+            waits_since=self.clock.now(),
+        )
+        self.whys.add(trail)
+        self.tell(Submitted(request=request))
+        if run.ready.done() and (refusal := run.ready.exception()) is not None:
+            self.remove(run)
+            raise refusal
+
+    def lost(self, run: Run, lease: Lease, error: EngineError) -> bool:
+        """Its node has failed before the first token: returns whether it waits or runs again."""
+        trail = self.whys.find(run.demand.id)
+        if trail is not None:
+            trail.waits_again(error.code, self.clock.now())
+        refusals = self.tell(Failed(lease=lease.id, delivered=Usage(), retry=True))
+        return all(refused.request != run.demand.id for refused in refusals)
+
+    def left(self, run: Run, code: str | None) -> None:
+        """It waits no longer: it has failed by this code, or its client has left."""
+        self._ended(run.demand.id, code or "cancelled")
+        self.tell(Cancelled(request=run.demand.id))
+
+    def remove(self, run: Run) -> None:
+        """It has ended."""
+        del self.runs[run.demand.id]
+        if not self.runs:
+            self.empty.set()
+
+    def tell(self, event: Event) -> list[Refused]:
+        """Give the scheduler an event and act on all of its decisions; returns its refusals."""
+        refusals: list[Refused] = []
+        now = self.clock.now()
+        match event:
+            case Progressed(lease=lease, tokens=tokens):
+                self.fairness.progressed(lease, tokens, now)
+            case Finished(lease=lease, usage=usage) | Failed(lease=lease, delivered=usage):
+                self.fairness.ended(lease, usage, now)
+            case _:
+                pass
+        for decision in self.scheduler.handle(event, now):
+            self._act(decision, refusals)
+        return refusals
+
+    def weighed(self, member: str, weight: int) -> None:
+        """A member's weight among its siblings, from now on."""
+        self.tell(Weighed(member=member, weight=weight))
+
+    def fleet_changed(self, event: NodeChanged | NodeGone) -> None:
+        """What a node lends has changed; whoever waits for what will not come is told so."""
+        self.tell(event)
+        for run in self.runs.values():
+            if run.lease is None and not run.ready.done():
+                hopeless = self.hopeless(run.demand.model)
+                if hopeless is not None:
+                    run.ready.set_exception(hopeless)
+
+    def wall_ms(self) -> int:
+        """Unix time in milliseconds."""
+        return int(self.clock.wall() * 1_000)
+
+    def _act(self, decision: Decision, refusals: list[Refused]) -> None:
+        match decision:
+            case Start(lease=lease):
+                self.fairness.began(decision, self.clock.now())
+                run = self.runs[lease.request]
+                trail = self.whys.find(lease.request)
+                if trail is not None:
+                    trail.began(lease, decision.why, self.clock.now())
+                run.lease, run.lease_started_ms = lease, run.moment(self.wall_ms())
+                run.told = 0
+                if not run.ready.done():  # else its client has just left
+                    run.ready.set_result(lease)
+            case Refused(code="overloaded" | "deadline"):
+                error = _refusal(decision)
+                self._ended(decision.request, error.code, retry_after_s=error.retry_after_s)
+                run = self.runs[decision.request]
+                if not run.ready.done():  # else its client has just left
+                    run.ready.set_exception(error)
+            case Refused():
+                self._ended(decision.request, decision.code)
+                refusals.append(decision)
+            case _:  # Abort: the request's own task stops its engine
+                pass
+
+    def _ended(self, request: str, code: str, *, retry_after_s: float | None = None) -> None:
+        trail = self.whys.find(request)
+        if trail is not None:
+            trail.end(code, self.clock.now(), retry_after_s=retry_after_s)
+
+
+def _refusal(refused: Refused) -> AnserError:
+    retry_after_s = come_back_s(refused.retry_after_s)
+    if refused.code == "overloaded":
+        message = "This platform has as many requests waiting as it takes."
+        return Overloaded(message, retry_after_s=retry_after_s)
+    message = "No slot is expected to become free by the request's deadline."
+    return DeadlineUnreachable(message, retry_after_s=retry_after_s)
