@@ -310,6 +310,17 @@ async def test_a_draining_gateway_admits_nothing_and_finishes_what_runs() -> Non
 EMBED = demand(route=Route.EMBEDDINGS, body={"input": ["hello"]}, output_tokens_max=0)
 
 
+async def test_how_long_prompts_are_is_learnt_from_engines() -> None:
+    """The engine's own count of a prompt is what the next one's length is estimated by."""
+    async with open_pool({"a": engine()}) as pool:
+        words = " ".join(str(number) for number in range(300))
+        body = {"messages": [{"role": "user", "content": words}], "max_tokens": 5}
+        async with pool.gateway.answer(demand(body=body, prompt_bytes=1_000)) as answer:
+            _ = [piece async for piece in answer]
+            counted = answer.usage.prompt_tokens
+        assert pool.gateway.lengths.tokens("memory", 1_000) == counted != 250
+
+
 async def test_embeddings_go_the_same_way() -> None:
     """One lease, one receipt, prompt tokens only; a failed node is replaced."""
     broken = engine()

@@ -38,11 +38,9 @@ __all__ = [
     "ask_chat",
     "ask_completion",
     "asker_of",
-    "estimate_tokens",
     "plain_texts",
 ]
 
-_BYTES_PER_TOKEN = 4
 _CHARS_PER_TOKEN_MAX = 256  # the longest entries of vocabularies in use are half as long
 _COMPLETION_TOKENS_DEFAULT = 16  # as OpenAI documents it for /v1/completions
 _DEADLINE = "x-anser-deadline"
@@ -104,11 +102,6 @@ def asker_of(exchange: Exchange, principal: Principal) -> Asker:
         request_id=exchange.id,
         deadline=_deadline(exchange),
     )
-
-
-def estimate_tokens(size_bytes: int) -> int:
-    """A prompt's tokens before any tokenizer has seen it: a quarter of its bytes, rounded up."""
-    return -(-size_bytes // _BYTES_PER_TOKEN)
 
 
 def ask_chat(asker: Asker, body: dict[str, object]) -> Asked:
@@ -199,7 +192,7 @@ class _Job:
     def _demand(self, prompt: _Prompt, common: dict[str, object], model: Served) -> Demand:
         """What all answers to one prompt have in common."""
         asker, text = self.asker, prompt.canonical()
-        tokens = estimate_tokens(len(text))
+        tokens = asker.services.gateway.lengths.tokens(model.model, len(text))
         maximum = self._maximum(prompt, tokens, model)
         shared = asker.shares_caches
         salt = None if shared else engine_salt(asker.member, pepper=asker.services.members.pepper)

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import msgspec
 
 from anser.api.checks import check_fields
-from anser.api.demands import Asker, asker_of, estimate_tokens, plain_texts
+from anser.api.demands import Asker, asker_of, plain_texts
 from anser.api.errors import Headers
 from anser.api.exchange import Exchange
 from anser.api.fields import EmbeddingFields
@@ -100,7 +100,7 @@ def _demand(asker: Asker, model: str, texts: tuple[str, ...], *, suffix: str) ->
         route=Route.EMBEDDINGS,
         model=model,
         body={"input": list(texts), "encoding_format": "float"},
-        prompt_tokens=estimate_tokens(size_bytes),
+        prompt_tokens=asker.services.gateway.lengths.tokens(model, size_bytes),
         prompt_bytes=size_bytes,
         output_tokens_max=0,
         deadline=asker.deadline,

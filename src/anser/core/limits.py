@@ -48,6 +48,7 @@ __all__ = [
     "KEYS_MAX",
     "KEY_CHARS_MAX",
     "LEDGER_FLUSH_S",
+    "LENGTHS_MAX",
     "LOAD_TIMEOUT_S",
     "MEMBERS_MAX",
     "MESSAGES_MAX",
@@ -139,6 +140,7 @@ FILES_RESERVED = 48  # of these for the platform itself: store, model, admin
 MEMBERS_MAX = 100_000
 KEYS_MAX = 200_000
 NODES_MAX = 4_096
+LENGTHS_MAX = 4_096  # models whose prompts have been measured
 NODE_MODELS_MAX = 256
 NODE_SLOTS_MAX = 4_096
 MODEL_NAME_CHARS_MAX = 256

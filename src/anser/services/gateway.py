@@ -54,6 +54,7 @@ from anser.services.dispatch import Dispatch
 from anser.services.fairness import Fairness
 from anser.services.fleet import Fleet
 from anser.services.ledger import Ledger
+from anser.services.lengths import Lengths
 from anser.services.members import Members
 from anser.services.reservation import Reservation
 from anser.services.run import Demand, Patience, Run, call_for, come_back_s
@@ -117,6 +118,7 @@ class Gateway:
     settings: GatewaySettings
     factor_of: Callable[[str], int] = lambda _: 1_000  # a model's price factor, in thousandths
     stats: Stats = field(default_factory=Stats)
+    lengths: Lengths = field(default_factory=Lengths)
     draining: bool = False
     _dispatch: Dispatch = field(init=False)
 
@@ -481,6 +483,9 @@ class Gateway:
     def _count(self, run: Run, outcome: Outcome, delivered: Usage) -> None:
         self.stats.outcomes[run.demand.route.name.lower(), outcome.value] += 1
         self.stats.tokens["prompt"] += delivered.prompt_tokens
+        if run.tally.usage is not None:
+            prompt, size_bytes = run.tally.usage.prompt_tokens, run.demand.prompt_bytes
+            self.lengths.observe(run.demand.model, tokens=prompt, size_bytes=size_bytes)
         self.stats.tokens["cached"] += delivered.cached_tokens
         self.stats.tokens["completion"] += delivered.completion_tokens
         self.stats.duration_s.observe(self.clock.now() - run.queued_at)
