@@ -35,13 +35,14 @@ def test_a_real_change_is_followed() -> None:
 
 def began(pace: Pace, took_s: float, *, tokens: int = 500, running: int = 8) -> None:
     """A first token comes."""
-    pace.began(tokens=tokens, ahead=0, took_s=took_s, running=running)
+    pace.judge(whole=tokens, took_s=took_s, running=running)
+    pace.began(tokens=tokens, ahead=0, took_s=min(took_s, 0.5))
 
 
 def test_reading_is_learnt_from_first_tokens() -> None:
     """What was read, for others too, in the time until the first token."""
     pace = Pace()
-    pace.began(tokens=300, ahead=200, took_s=0.5, running=1)
+    pace.began(tokens=300, ahead=200, took_s=0.5)
     assert pace.read_s(2_000) == pytest.approx(2.0)
 
 
@@ -49,7 +50,7 @@ def test_reading_is_learnt_from_first_tokens() -> None:
 def test_what_measures_nothing_teaches_nothing(tokens: int, took_s: float) -> None:
     """A short prompt measures the way there; no time at all measures the clock."""
     pace = Pace()
-    began(pace, took_s, tokens=tokens)
+    pace.began(tokens=tokens, ahead=0, took_s=took_s)
     assert pace.prefill_tokens_s.samples == 0
 
 

@@ -157,15 +157,28 @@ def test_the_window_bounds_what_locality_may_cost() -> None:
 
 
 def test_a_request_that_waited_long_goes_before_its_members_others() -> None:
-    """Locality inside a member's queue has its end: nobody waits for ever."""
-    pool = Pool(NO_LIGHT)
+    """Locality inside a member's queue has its end: nobody is passed for ever."""
+    pool = Pool(replace(NO_LIGHT, passed_max=2))
     pool.node("n1", 1)
     pool.ask("r1", chain=names("a"))
     pool.ask("old", chain=names("b"))
-    pool.ask("r2", chain=names("a"))
-    pool.ask("r3", chain=names("a"))
+    for number in range(2, 6):
+        pool.ask(f"r{number}", chain=names("a"))
+    assert pool.end("r1", after_s=40.0) == ["r2 n1"]
+    assert pool.end("r2") == ["r3 n1"]
+    assert pool.end("r3") == ["old n1"]
+
+
+def test_a_request_that_was_passed_often_waits_until_it_has_waited_long() -> None:
+    """While nobody waits long, the order inside a member's queue is free."""
+    pool = Pool(replace(NO_LIGHT, passed_max=1))
+    pool.node("n1", 1)
+    pool.ask("r1", chain=names("a"))
+    pool.ask("old", chain=names("b"))
+    for number in range(2, 5):
+        pool.ask(f"r{number}", chain=names("a"))
     assert pool.end("r1") == ["r2 n1"]
-    assert pool.end("r2", after_s=40.0) == ["old n1"]
+    assert pool.end("r2") == ["r3 n1"]
 
 
 def test_a_request_is_put_back_before_its_members_others() -> None:

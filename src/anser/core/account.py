@@ -14,7 +14,7 @@ queue it stands. `fairness` owns the tree and its rules.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from anser.core.heap import Heap
@@ -39,6 +39,7 @@ class Place:
     homes: int = 0  # a bit for each node that has its beginning; 0: nobody has
     hit: int = 0  # how much of it they have, in tokens
     since: float = 0.0  # when it began to wait
+    passed: int = 0  # how many of its member's others went before it while it was the oldest
 
     def key_in(self, _: Pool, /) -> int:
         """Its turn, whatever the pool."""
@@ -119,17 +120,19 @@ class Account:
         order = sorted(found, key=lambda item: item.key_in(pool))
         return [_account(item) for item in order[:most]]
 
-    def choice(self, lanes: Sequence[Lane], bit: int, *, waited_since: float) -> tuple[Place, int]:
+    def choice(
+        self, lanes: Sequence[Lane], bit: int, *, oldest_first: Callable[[Place], bool]
+    ) -> tuple[Place, int]:
         """Of a leaf: the request that gains most on the node of this bit, and what it gains.
 
         The oldest of those whose beginning is there, else of those whose beginning is nowhere, else
-        of all; the gain is in cached tokens, and negative where they lie elsewhere. The oldest of
-        all goes first where it has failed before, or waits since `waited_since` or longer.
+        of all; the gain is in cached tokens, and negative where they lie elsewhere. What is passed
+        over for it is counted (`Place.passed`), and `oldest_first` says when that has its end.
         """
         oldest = self.oldest(lanes)
         own: Place | None = None
         fresh: Place | None = None
-        if oldest.key > 0 and oldest.since > waited_since:
+        if not oldest_first(oldest):
             for lane in lanes:
                 for homes, heap in self.homes.get(lane, _NO_HOMES).items():
                     place = heap.least()

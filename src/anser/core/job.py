@@ -29,6 +29,8 @@ class Job(Place):
     cached: int = 0  # prompt tokens expected in the node's cache
     reading: int = 0  # prompt tokens that the node still has to read
     ahead: int = 0  # what it had to read for others when this began
+    ahead_whole: int = 0  # and would have, were nothing of it cached
+    is_reading: bool = False  # it has had no token yet
     heavy: bool = False  # its member was above its share
     started_at: float = 0.0
     first_at: float | None = None  # when its first token came

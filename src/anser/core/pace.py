@@ -65,23 +65,27 @@ class Pace:
     window: int | None = None  # leases at once, once it was late; None: as many as it claims
     _since: int = 0  # first tokens in time or late since the window was last changed
 
-    def began(self, *, tokens: int, ahead: int, took_s: float, running: int) -> None:
+    def began(self, *, tokens: int, ahead: int, took_s: float) -> None:
         """A first token came `took_s` after its lease began.
 
-        `tokens` of its prompt were fresh, `ahead` more were being read for others when it began,
-        and `running` leases were on the node.
+        `tokens` of its prompt were fresh, and `ahead` more were being read for others.
         """
-        self._since += 1
-        expected_s = (tokens + ahead) / self.prefill_tokens_s.value
-        late = took_s > max(_LATE_MIN_S, _LATE * expected_s)
-        if late and self.prefill_tokens_s.samples:
-            if self.window is None or self._since >= self.window:
-                self.window, self._since = max(1, int(running * _NARROW)), 0
-            return
-        if self.window is not None and running >= self.window:
-            self.window += 1
         if tokens >= _SAMPLE_TOKENS_MIN and took_s > 0:
             self.prefill_tokens_s.observe((tokens + ahead) / took_s)
+
+    def judge(self, *, whole: int, took_s: float, running: int) -> None:
+        """Whether that was in time, with `running` leases on the node.
+
+        `whole` are all tokens of its prompt and of those that were being read, were nothing of them
+        cached: a beginning that the node has lost is not held against it.
+        """
+        self._since += 1
+        late = took_s > max(_LATE_MIN_S, _LATE * self.read_s(whole))
+        if not late:
+            if self.window is not None and running >= self.window:
+                self.window += 1
+        elif self.prefill_tokens_s.samples and (self.window is None or self._since >= self.window):
+            self.window, self._since = max(1, int(running * _NARROW)), 0
 
     def ended(self, *, tokens: int, wrote_s: float, held_s: float) -> None:
         """A lease ended that wrote `tokens` after its first one in `wrote_s` seconds."""

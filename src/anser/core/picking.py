@@ -23,10 +23,11 @@ Everything here chooses among those whom the window lets through; none of it mov
 from __future__ import annotations
 
 import heapq
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import islice
 
-from anser.core.account import Account
+from anser.core.account import Account, Place
 from anser.core.bands import Bands
 from anser.core.events import Rule, Why
 from anser.core.fairness import Shares
@@ -36,7 +37,7 @@ from anser.core.slots import Lane, NodeSlots, Slots
 
 __all__ = ["Picker"]
 
-_FREE_NODES_MAX = 8  # compared for one request
+_FREE_NODES_MAX = 3  # compared for one request
 
 
 @dataclass(slots=True)
@@ -81,21 +82,33 @@ class Picker:
 
     def _next(self, node: NodeSlots, lanes: list[Lane], now: float) -> tuple[Job, Why] | None:
         closed, best, gain_most, first, rivals = self.is_closed(node), None, 0, None, 0
-        rules = self.rules
+        rules, impatient = self.rules, self._impatient(now)
         for leaf in self.shares.window(lanes, window=rules.window, most=rules.candidates):
-            place, gain = leaf.choice(lanes, node.bit, waited_since=now - rules.patience_s)
+            place, gain = leaf.choice(lanes, node.bit, oldest_first=impatient)
             assert isinstance(place, Job)
             first = leaf if first is None else first
             rivals += 1
             if rules.light_first and self.is_light(place):
                 if not self._holds(place, node, now):
+                    _pass_over(place, lanes)
                     return place, self._why(Rule.LIGHT, place, first, gain, rivals)
             elif not closed and (best is None or gain > gain_most):
                 best, gain_most = place, gain
         if best is None or first is None:
             return None
+        _pass_over(best, lanes)
         rule = Rule.LEAST if best.account is first else Rule.NEAREST
         return best, self._why(rule, best, first, gain_most, rivals)
+
+    def _impatient(self, now: float) -> Callable[[Place], bool]:
+        waited_since, passed_max = now - self.rules.patience_s, self.rules.passed_max
+
+        def oldest_first(oldest: Place) -> bool:
+            if oldest.key < 0:  # a node has failed it
+                return True
+            return oldest.passed >= passed_max and oldest.since <= waited_since
+
+        return oldest_first
 
     def place(self, job: Job, now: float, *, light: bool) -> NodeSlots | None:
         """The free slot that `job` should have, if there is one for it now."""
@@ -154,3 +167,10 @@ class Picker:
             rivals=rivals - 1,
             cached_tokens=max(0, gain),
         )
+
+
+def _pass_over(chosen: Job, lanes: list[Lane]) -> None:
+    """Count for the oldest request of its member that `chosen` went before it."""
+    oldest = chosen.account.oldest(lanes)
+    if oldest is not chosen:
+        oldest.passed += 1

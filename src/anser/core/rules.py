@@ -36,7 +36,9 @@ class Rules:
     throttle: bool = True
 
     awake_s: float = 30.0  # how long a member counts after its last request
-    patience_s: float = 30.0  # a request that waited longer goes before its member's others
+    # A request that waited so long goes before its member's others once so many have passed it.
+    patience_s: float = 30.0
+    passed_max: int = 16
 
     batch_share: float = 0.05  # of the service of the last minutes that batch may have in any case
 

@@ -31,6 +31,7 @@ by exactly one of Finished, Failed, Cancelled in the queue, or Refused; those of
 from __future__ import annotations
 
 from collections import Counter
+from itertools import islice
 from math import inf
 from typing import assert_never
 
@@ -65,6 +66,8 @@ from anser.core.virtual import Pool
 __all__ = ["Scheduler"]
 
 _AGAIN_S = 0.25
+_LANES_MAX = 8
+_NODES_MAX = 4
 _FRONT = 1 << 62  # ahead of every turn that will ever be given
 
 
@@ -85,7 +88,8 @@ class Scheduler:
         self._picker = Picker(rules, self._shares, self._slots)
         self._jobs: dict[str, Job] = {}  # by request
         self._leases: dict[str, Job] = {}
-        self._closed: dict[NodeSlots, float] = {}  # free, but not for those who wait; seen when
+        self._looked_at = float("-inf")  # when free slots were last tried once more
+        self._looks = 0
         self._turn = 0
 
     @property
@@ -143,15 +147,19 @@ class Scheduler:
         return decisions + self._look_again()
 
     def _look_again(self) -> list[Decision]:
-        """Try once more the nodes whose free slots were closed to all who wait, now and then.
+        """Try once more, now and then, free slots that were closed to all who waited for them.
 
-        What closes them (who is light, who is awake) changes with what happens elsewhere.
+        What closes them (who is light, who is awake) changes with what happens elsewhere. A few
+        lanes and nodes at a time, in turns.
         """
         decisions: list[Decision] = []
-        if not self._closed:
+        if not self._shares.queued or self._now - self._looked_at < _AGAIN_S:
             return decisions
-        for node, tried_at in list(self._closed.items()):
-            if self._now - tried_at >= _AGAIN_S:
+        self._looked_at = self._now
+        lanes = self._slots.lanes()
+        self._looks = (self._looks + _LANES_MAX) % len(lanes)
+        for lane in (lanes[self._looks :] + lanes)[:_LANES_MAX]:
+            for node in list(islice(self._slots.freest(lane), _NODES_MAX)):
                 decisions += self._fill(node)
         return decisions
 
@@ -212,7 +220,12 @@ class Scheduler:
         assert sum(node.taken for node in self._slots.nodes()) == len(running)
         for node in self._slots.nodes():
             assert node.reading == sum(job.reading for job in running if job.node is node)
-            assert not node.free or not self._slots.waiting_for(node) or node in self._closed
+            prompts = sum(
+                job.request.prompt_tokens for job in running if job.is_reading and job.node is node
+            )
+            assert node.prompts == prompts
+            if not self.rules.light_first and not self.rules.hold:
+                assert not node.free or not self._slots.waiting_for(node)
         self._index.validate()
 
     def _drop(self) -> list[Decision]:
@@ -294,27 +307,27 @@ class Scheduler:
         if job.first_at is not None:
             return []
         job.first_at = self._now
+        took_s = self._now - job.started_at
         if self.rules.throttle:
-            node.pace.began(
-                tokens=job.reading,
-                ahead=job.ahead,
-                took_s=self._now - job.started_at,
-                running=node.taken,
-            )
+            whole = job.request.prompt_tokens + job.ahead_whole
+            node.pace.judge(whole=whole, took_s=took_s, running=node.taken)
             self._slots.throttle(node)
+        node.pace.began(tokens=job.reading, ahead=job.ahead, took_s=took_s)
         self._read(job, node)
         return self._fill(node)
 
     def _read(self, job: Job, node: NodeSlots) -> None:
-        node.reading -= job.reading
-        node.reading_heavy -= job.reading if job.heavy else 0
-        job.reading = 0
+        if job.is_reading:
+            node.reading -= job.reading
+            node.reading_heavy -= job.reading if job.heavy else 0
+            node.prompts -= job.request.prompt_tokens
+            job.reading, job.is_reading = 0, False
 
     def _learn(self, job: Job, node: NodeSlots, usage: Usage) -> None:
         """What the end of an answer tells about its node and its member."""
         if job.cached:
             self._index.learn(node.id, predicted=job.cached, found=usage.cached_tokens)
-        if job.cancelled or not usage.completion_tokens or not self.rules.throttle:
+        if job.cancelled or not usage.completion_tokens:
             return
         job.account.output.observe(usage.completion_tokens)
         if job.first_at is not None:
@@ -369,11 +382,8 @@ class Scheduler:
             decisions: list[Decision] = [self._push_out(job)]
         else:
             decisions = [] if node is None else self._fill(node)
-        if job.node is None:
-            # What is free is not for this one, or was given to another a moment ago: look again.
-            tried_at = self._now if node is None else -inf
-            for other in list(self._slots.freest(job.lane)):
-                self._closed.setdefault(other, tried_at)
+        if job.node is None and node is not None:
+            self._looked_at = -inf  # that slot was another's; there may be more
         return decisions
 
     def _push_out(self, job: Job) -> Refused:
@@ -393,16 +403,15 @@ class Scheduler:
 
     def _fill(self, node: NodeSlots) -> list[Decision]:
         decisions: list[Decision] = []
-        self._closed.pop(node, None)
         while node.free and self._shares.queued:
             picked = self._picker.next(node, self._now)
             if picked is None:
-                if self._slots.waiting_for(node):
-                    self._closed[node] = self._now
                 break
             job, why = picked
             self._dequeue(job)
             decisions.append(self._start(job, node, why))
+            if why.rule is not Rule.LIGHT and self._picker.is_closed(node):
+                break  # or a light one would have had the slot
         return decisions
 
     def _start(self, job: Job, node: NodeSlots, why: Why) -> Start:
@@ -416,7 +425,8 @@ class Scheduler:
             job.cached = job.tokens_of(self._index.known(node.id, request.chain))
             self._index.add(node.id, request.chain)
         job.reading, job.ahead = request.prompt_tokens - job.cached, node.reading
-        job.heavy = not light
+        job.heavy, job.is_reading, job.ahead_whole = not light, True, node.prompts
+        node.prompts += request.prompt_tokens
         node.reading += job.reading
         node.reading_heavy += job.reading if job.heavy else 0
         job.charged = price(fresh=job.reading, cached=job.cached, factor_milli=job.factor_milli)

@@ -48,6 +48,7 @@ class NodeSlots:
     bit: int = 0  # in `Place.homes`
     reading: int = 0  # fresh prompt tokens that it was sent and has not answered yet
     reading_heavy: int = 0  # of these, those of members above their share
+    prompts: int = 0  # the same prompts whole, were nothing of them cached
     pace: Pace = field(default_factory=Pace)
 
     @property
