@@ -9,14 +9,26 @@ from __future__ import annotations
 
 import random
 from collections.abc import Generator, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import count
 
 from anser.core.prefix import Chain
 
 from bench.engine_model import BLOCK_TOKENS
 
-__all__ = ["Ask", "Rate", "Source", "Text", "agent", "chat", "lengths", "openly"]
+__all__ = [
+    "Ask",
+    "Rate",
+    "Source",
+    "Text",
+    "agent",
+    "chat",
+    "chats",
+    "leaving",
+    "lengths",
+    "openly",
+    "saturating",
+]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,6 +100,11 @@ def chat(member: str, draw: random.Random, *, think_s: float = 8.0) -> Source:
             now = (yield ask) + 1 + draw.expovariate(1 / think_s)
 
 
+def chats(seed: int, number: int = 20) -> list[Source]:
+    """So many people who chat, `light0` and so on; the same in every run with this seed."""
+    return [chat(f"light{n}", random.Random(f"{seed} light {n}")) for n in range(number)]
+
+
 def agent(member: str, draw: random.Random, *, begins_at: float = 0.0) -> Source:
     """A program that works with tools: long contexts, short answers, no thinking in between."""
     now = begins_at
@@ -129,15 +146,7 @@ def saturating(member: str, draw: random.Random, rate: Rate, *, at_once: int) ->
 def _chain(member: str, draw: random.Random, rate: Rate) -> Source:
     now = rate.begins + draw.random()
     while now < rate.ends:
-        ask = _alone(member, draw, rate, at=now)
-        now = yield Ask(
-            at=now,
-            member=member,
-            prompt=ask.prompt,
-            prompt_tokens=ask.prompt_tokens,
-            output_tokens=ask.output_tokens,
-            after=ask.after,
-        )
+        now = yield replace(_alone(member, draw, rate, at=now), waits=True)
 
 
 def _moments(draw: random.Random, rate: Rate) -> Iterator[float]:
@@ -160,3 +169,16 @@ def _alone(member: str, draw: random.Random, rate: Rate, *, at: float) -> Ask:
         output_tokens=lengths(draw, rate.output, spread=rate.spread),
         waits=False,
     )
+
+
+def leaving(source: Source, draw: random.Random, part: float) -> Source:
+    """The same, but in this part of its requests the client goes away in the middle."""
+    answered: float | None = None
+    while True:
+        try:
+            ask = next(source) if answered is None else source.send(answered)
+        except StopIteration:
+            return
+        gone = draw.random() < part
+        leaves = draw.randint(1, ask.output_tokens) if gone else None
+        answered = yield replace(ask, leaves_after=leaves)
