@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 
 from anser.core.prefix import Chain
 
-__all__ = ["BLOCK_TOKENS", "FLEET", "Engine", "NodeSpec", "Sequence", "Stepped"]
+__all__ = ["BLOCK_TOKENS", "FLEET", "Answer", "Engine", "NodeSpec", "Stepped"]
 
 BLOCK_TOKENS = 64
 _CHUNK_TOKENS = 512
@@ -35,7 +35,9 @@ class NodeSpec:
     round_trip_s: float
 
 
-def _spec(id: str, slots: int, speed: tuple[float, float, float], cache: int, rtt: float) -> NodeSpec:
+def _spec(
+    id: str, slots: int, speed: tuple[float, float, float], cache: int, rtt: float
+) -> NodeSpec:
     prefill, step_s, sequence_s = speed
     return NodeSpec(
         id=id,
@@ -58,7 +60,7 @@ FLEET = (
 
 
 @dataclass(slots=True, eq=False, kw_only=True)
-class Sequence:
+class Answer:
     """One answer in the making."""
 
     lease: str
@@ -77,8 +79,8 @@ class Sequence:
 class Stepped:
     """What a step did."""
 
-    began: list[Sequence] = field(default_factory=list[Sequence])  # wrote their first token
-    ended: list[Sequence] = field(default_factory=list[Sequence])
+    began: list[Answer] = field(default_factory=list[Answer])  # wrote their first token
+    ended: list[Answer] = field(default_factory=list[Answer])
 
 
 class Engine:
@@ -87,19 +89,19 @@ class Engine:
     def __init__(self, spec: NodeSpec) -> None:
         self.spec = spec
         self.speed = 1.0
-        self.reading: deque[Sequence] = deque()
-        self.writing: dict[str, Sequence] = {}
+        self.reading: deque[Answer] = deque()
+        self.writing: dict[str, Answer] = {}
         self.busy = False  # within a step
         self._blocks_max = spec.cache_tokens // BLOCK_TOKENS
         self._cache: OrderedDict[bytes, None] = OrderedDict()
-        self._read: list[Sequence] = []
+        self._read: list[Answer] = []
 
     @property
     def running(self) -> int:
         """Sequences that are read or written."""
         return len(self.reading) + len(self.writing)
 
-    def admit(self, sequence: Sequence) -> None:
+    def admit(self, sequence: Answer) -> None:
         """Take one more sequence; there must be a slot."""
         self.reading.append(sequence)
         assert self.running <= self.spec.slots
@@ -160,7 +162,7 @@ class Engine:
             if sequence.lease == lease:
                 sequence.aborted = True
 
-    def lose(self) -> list[Sequence]:
+    def lose(self) -> list[Answer]:
         """The machine dies: what it was at, and its cache, are gone."""
         lost = [*self.reading, *self.writing.values()]
         self.reading.clear()

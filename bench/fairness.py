@@ -30,7 +30,9 @@ def measure(options: Options, experiment: str | None = None) -> list[Row]:
     rows: list[Row] = []
     for name in [experiment] if experiment else EXPERIMENTS:
         if name in NEED_TRACES and options.traces is None:
-            options.tell(f"{name} is left out: it replays recorded traffic; name its folder (--traces)")
+            options.tell(
+                f"{name} is left out: it replays recorded traffic; name its folder (--traces)"
+            )
             continue
         rows += EXPERIMENTS[name](options)
     return rows

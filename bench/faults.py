@@ -1,4 +1,4 @@
-"""E10: nodes die and become slow, clients leave; nothing is lost and everybody pays what they got."""
+"""E10: nodes die or become slow, clients leave; nothing is lost, all pay for what they got."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import random
 from dataclasses import replace
 
 from anser.core.rules import DESIGN
-
 from bench.policies import Anser
 from bench.rows import Options, Row, at_most, figure
 from bench.sharing import heavy
@@ -64,8 +63,8 @@ def faults(options: Options) -> list[Row]:
         options.tell(f"E10 seed {seed}")
         asked_s = options.seconds
         policy, trace = _run(seed, options, asked_s=asked_s, done_s=asked_s + 600)
-        # What ends the run is not a gap: only what came before counts.
-        busy = replace_samples(trace, asked_s)
+        # When nobody asks any more there is nothing to share.
+        busy = _before(trace, asked_s)
         ratios.append(busy.gap(_HEAVY, window=DESIGN.window / CREDIT, since=options.warm).ratio)
         lost += sum(not record.outcome for record in trace.records)
         off = max(off, paid_is_delivered(policy, trace))
@@ -80,6 +79,6 @@ def faults(options: Options) -> list[Row]:
     return rows
 
 
-def replace_samples(trace: Trace, until: float) -> Trace:
+def _before(trace: Trace, until: float) -> Trace:
     """The same run as if it had ended then."""
     return replace(trace, samples=[sample for sample in trace.samples if sample.at <= until])

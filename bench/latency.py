@@ -10,7 +10,6 @@ from dataclasses import replace
 from math import inf
 
 from anser.core.rules import DESIGN
-
 from bench.engine_model import FLEET
 from bench.policies import POLICIES, Anser, Fcfs, Policy, RequestsPerMinute, Vtc
 from bench.rows import Options, Row, at_least, at_most, figure, mean
@@ -106,19 +105,22 @@ def _read_arena(options: Options) -> list[Ask]:
 
 def _each(asks: list[Ask]) -> Iterator[Source]:
     for member in {ask.member: None for ask in asks}:
-        yield _replay([ask for ask in asks if ask.member == member])
+        yield _replay(asks, member)
 
 
-def _replay(asks: list[Ask]) -> Source:
+def _replay(asks: list[Ask], member: str) -> Source:
     for ask in asks:
-        yield ask
+        if ask.member == member:
+            yield ask
 
 
 def arena(options: Options) -> list[Row]:
     """E4: ten minutes of 27 clients of Chatbot Arena, on a node that cannot keep up."""
     asks = _read_arena(options)
     total = Counter(ask.member for ask in asks)
-    lighter = {member for member, _ in sorted(total.items(), key=lambda one: one[1])[: len(total) // 2]}
+    lighter = {
+        member for member, _ in sorted(total.items(), key=lambda one: one[1])[: len(total) // 2]
+    }
     policies: dict[str, Callable[[], Policy]] = {
         "fcfs": Fcfs,
         "vtc": Vtc,

@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from anser.core.rules import DESIGN
-
 from bench.engine_model import BLOCK_TOKENS, FLEET
 from bench.policies import POLICIES, Anser
 from bench.rows import Options, Row, at_least, at_most, figure, mean

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Protocol
@@ -46,8 +46,8 @@ __all__ = [
     "Fcfs",
     "LeastLoaded",
     "Policy",
-    "RoundRobin",
     "RequestsPerMinute",
+    "RoundRobin",
     "Vtc",
 ]
 
@@ -128,9 +128,7 @@ class _Baseline:
 
     def costs(self, usage: Usage) -> int:
         """What so much costs: all input alike, as VTC has it."""
-        return price(
-            fresh=usage.prompt_tokens, output=usage.completion_tokens, factor_milli=1_000
-        )
+        return price(fresh=usage.prompt_tokens, output=usage.completion_tokens, factor_milli=1_000)
 
     def paid(self) -> Mapping[str, int]:
         """Not counted in the metric of the bench."""
@@ -144,26 +142,35 @@ class _Baseline:
     def handle(self, event: Event, now: float) -> list[Decision]:
         """Take one thing that has happened and say what has to be done."""
         self.now = now
-        decisions: list[Decision] = []
         match event:
-            case Submitted():
-                if not self.admits(event.request):
-                    return [Refused(request=event.request.id, code="overloaded")]
-                self.put(event.request, front=False)
             case Progressed():
                 self._progress(event)
-                return []
+                return []  # the most frequent by far, and it frees nothing
+            case Submitted():
+                decisions = self._submit(event.request)
             case Finished() | Failed():
-                decisions += self._end(event)
+                decisions = self._end(event)
             case Cancelled():
-                decisions += self._cancel(event.request)
+                decisions = self._cancel(event.request)
+            case _:
+                decisions = self._pool(event)
+        return decisions + self._fill()
+
+    def _submit(self, request: Request) -> list[Decision]:
+        if not self.admits(request):
+            return [Refused(request=request.id, code="overloaded")]
+        self.put(request, front=False)
+        return []
+
+    def _pool(self, event: NodeChanged | NodeGone | Weighed) -> list[Decision]:
+        match event:
             case NodeChanged():
                 self._change(event.node, event.slots)
             case NodeGone():
                 self._change(event.node, 0)
             case Weighed():
                 self.weights[event.member] = event.weight / 1_000
-        return decisions + self._fill()
+        return []
 
     def _progress(self, event: Progressed) -> None:
         running = self.running[event.lease]
@@ -397,6 +404,7 @@ class Vtc(_ByMember):
 
     def take(self, node: Node) -> Request | None:
         """The oldest of the member of the least counter."""
+        del node
         waiting = self.waiting()
         if not waiting:
             return None
@@ -478,8 +486,3 @@ POLICIES: Mapping[str, Callable[[], Policy]] = {
     "dlpm": Dlpm,
     "anser": Anser,
 }
-
-
-def named(names: Iterable[str]) -> dict[str, Callable[[], Policy]]:
-    """Some of them."""
-    return {name: POLICIES[name] for name in names}

@@ -25,7 +25,6 @@ from anser.core.events import (
 from anser.core.fairness import price
 from anser.core.ledger import Usage
 from anser.core.rules import DESIGN
-
 from bench.policies import Anser
 from bench.rows import Options, Row, at_most, figure
 

@@ -8,7 +8,6 @@ from itertools import chain
 
 from anser.core.members import bucket_of
 from anser.core.rules import DESIGN
-
 from bench.engine_model import FLEET
 from bench.policies import POLICIES, Anser, Fcfs, Policy, Vtc
 from bench.rows import Options, Row, at_least, at_most, figure, mean
@@ -25,7 +24,7 @@ _PEPPER = b"bench"
 
 
 def _minute(rpm: float, **more: float) -> Rate:
-    return Rate(per_s=rpm / 60, prompt=256, output=256, spread=0.0, regular=True, **more)  # type: ignore[arg-type]
+    return Rate(per_s=rpm / 60, prompt=256, output=256, spread=0.0, regular=True, **more)
 
 
 def _open(member: str, *rates: Rate) -> Source:

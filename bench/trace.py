@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from itertools import combinations
 
 from anser.core.fairness import price
-
 from bench.workloads import Ask
 
 __all__ = ["CREDIT", "Gap", "Record", "Trace", "credits", "jain", "percentile"]
@@ -207,10 +206,11 @@ class Trace:
 
     def service(self, since: float, until: float | None = None) -> dict[str, float]:
         """Credits delivered to each member between two moments."""
-        first = next((s.served for s in self.samples if s.at >= since), {})
-        last = self.served
+        before = [sample.served for sample in self.samples if sample.at < since]
+        first = before[-1] if before else dict[str, float]()
+        last: Mapping[str, float] = self.served
         if until is not None:
-            last = [s.served for s in self.samples if s.at <= until][-1]
+            last = [sample.served for sample in self.samples if sample.at <= until][-1]
         return {member: value - first.get(member, 0.0) for member, value in last.items()}
 
     def gap(

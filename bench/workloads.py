@@ -13,7 +13,6 @@ from dataclasses import dataclass, field, replace
 from itertools import count
 
 from anser.core.prefix import Chain
-
 from bench.engine_model import BLOCK_TOKENS
 
 __all__ = [

@@ -31,9 +31,7 @@ from anser.core.events import (
     Weighed,
 )
 from anser.core.ledger import Usage
-
-from bench.engine_model import FLEET, Engine, NodeSpec
-from bench.engine_model import Sequence as Answer
+from bench.engine_model import FLEET, Answer, Engine, NodeSpec
 from bench.policies import Policy
 from bench.trace import Record, Trace
 from bench.workloads import Ask, Source
