@@ -99,7 +99,7 @@ def test_an_engine_remembers_what_fits() -> None:
 
 
 def test_figures() -> None:
-    """Jain's index is 1 for equals and 1/n for one who has all; a percentile is one of the values."""
+    """Jain's index is 1 for equals and 1/n for one who has all; a percentile is a value."""
     assert jain([2.0, 2.0]) == 1.0
     assert jain([1.0, 0.0, 0.0, 0.0]) == 0.25
     assert percentile([3.0, 1.0, 2.0], 0.5) == 2.0
