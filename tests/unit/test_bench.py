@@ -77,6 +77,14 @@ def test_a_policy_loses_nothing(name: str) -> None:
     assert sum(trace.served.values()) == pytest.approx(sum(r.cost for r in trace.records))
 
 
+def test_a_seed_is_a_run() -> None:
+    """The same seed gives the same run, to the moment of each first token."""
+    runs = [run(POLICIES["anser"](), chats(7, 6), 40) for _ in range(2)]
+    first, second = ([(r.at, r.node, r.first_at, r.cached) for r in one.records] for one in runs)
+    assert len(first) > 10
+    assert first == second
+
+
 def test_an_engine_remembers_what_fits() -> None:
     """A prompt asked again is cached but for its last token; what came last is kept longest."""
     engine, text = Engine(FLEET[3]), Text()
