@@ -94,7 +94,7 @@ class _Pool:
         return Finished(lease=start.lease.id, usage=usage)
 
     def crowd(self) -> None:
-        """The slots are taken, all but those that wait for light members, and every member waits."""
+        """The slots are taken, all but those that wait for the light, and every member waits."""
         waiting = min(self.members, _WAITING_MAX)
         for number in range(self.nodes * _SLOTS + 2 * waiting):
             if self.policy.queued >= waiting:
