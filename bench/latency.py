@@ -7,6 +7,7 @@ import random
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from math import inf
 
 from anser.core.rules import DESIGN
@@ -125,7 +126,7 @@ def arena(options: Options) -> list[Row]:
         "fcfs": Fcfs,
         "vtc": Vtc,
         "anser": Anser,
-        **{f"{n} a minute": lambda n=n: RequestsPerMinute(n) for n in (5, 10, 20, 30)},  # type: ignore[misc]
+        **{f"{n} a minute": partial(RequestsPerMinute, n) for n in (5, 10, 20, 30)},
     }
     rows: list[Row] = []
     pace: dict[str, float] = {}

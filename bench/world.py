@@ -14,6 +14,7 @@ from __future__ import annotations
 import heapq
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 from anser.core.events import (
     Abort,
@@ -91,7 +92,7 @@ class World:
         for member, weight in self.weights.items():
             self._tell(Weighed(member=member, weight=round(1_000 * weight)))
         for fault in self.faults:
-            self._at(fault.at, lambda fault=fault: self._fail(fault))  # type: ignore[misc]
+            self._at(fault.at, partial(self._fail, fault))
         for source in sources:
             self._pull(source, None)
         self._at(_SAMPLE_S, self._sample)
@@ -177,7 +178,7 @@ class World:
 
     def _admit(self, engine: Engine, answer: Answer) -> None:
         if not engine.speed:
-            self._lose(engine, [answer])
+            self._lose([answer])
             return
         engine.admit(answer)
         if not engine.busy:
@@ -253,7 +254,7 @@ class World:
             engine.busy = False
             lost = engine.lose()
             self._at(self.now + _NOTICED_S, lambda: self._notice(fault.node))
-            self._lose(engine, lost)
+            self._lose(lost)
         elif not was:
             spec = engine.spec
             self._tell(NodeChanged(node=spec.id, slots=spec.slots, models=frozenset((MODEL,))))
@@ -262,12 +263,11 @@ class World:
         if not self._engines[node].speed:
             self._tell(NodeGone(node=node))
 
-    def _lose(self, engine: Engine, answers: Iterable[Answer]) -> None:
-        del engine
+    def _lose(self, answers: Iterable[Answer]) -> None:
         for answer in answers:
             if answer.lease in self._node_of:
                 self._lost.add(answer.lease)
-                self._at(self.now + _NOTICED_S, lambda answer=answer: self._failed(answer))  # type: ignore[misc]
+                self._at(self.now + _NOTICED_S, partial(self._failed, answer))
 
     def _failed(self, answer: Answer) -> None:
         id = answer.lease.partition(".")[0]
