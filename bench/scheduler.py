@@ -63,7 +63,7 @@ class _Pool:
     def read(self) -> None:
         """What has started has its first token, or its node would be closed to more of its kind."""
         while self.unread:
-            self.now += 0.02
+            self.now += 0.001
             self.tell(Progressed(lease=self.unread.pop().lease.id, tokens=1))
 
     def request(self, member: int) -> Request:
