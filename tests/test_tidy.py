@@ -69,7 +69,7 @@ def tracked() -> tuple[Path, ...]:
 @cache
 def python_files(*folders: str) -> tuple[Path, ...]:
     """The Python files below `folders`; an empty answer would make a check pass for nothing."""
-    roots = [ROOT / folder for folder in folders or ("src", "tests", "tools")]
+    roots = [ROOT / folder for folder in folders or ("src", "tests", "tools", "bench")]
     found = [
         path
         for path in tracked()

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from cyclopts import App, CycloptsError
 
 from anser import __version__
-from anser.cli import chat, doctor, fleet, hub, ledger, members, serve, settings, top, why
+from anser.cli import bench, chat, doctor, fleet, hub, ledger, members, serve, settings, top, why
 from anser.cli.common import OPTIONS, STANDARD_INPUT
 from anser.cli.messages import tr
 from anser.cli.output import print_error, safe
@@ -42,7 +42,13 @@ app = App(
     group_parameters=OPTIONS,
 )
 _FIRST: tuple[Callable[..., object], ...] = (serve.serve, chat.chat, hub.models, top.top)
-_LAST: tuple[Callable[..., object], ...] = (ledger.usage, why.why, settings.config, doctor.doctor)
+_LAST: tuple[Callable[..., object], ...] = (
+    ledger.usage,
+    why.why,
+    settings.config,
+    doctor.doctor,
+    bench.bench,
+)
 for _place, _command in enumerate(_FIRST):
     app.command(_command, sort_key=_place)
 for _command in _LAST:
