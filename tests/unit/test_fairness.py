@@ -229,6 +229,18 @@ def test_new_weight_leaves_what_was_paid() -> None:
     pool.shares.validate()
 
 
+def test_a_weight_may_change_while_nobody_asks() -> None:
+    """Whoever is idle, and kept because it is ahead, has its new weight when it returns."""
+    pool = Pool()
+    pool.run("a", 10)
+    pool.charge("a", 90)
+    pool.end("a")
+    pool.shares.weigh("a", 2_000)
+    pool.shares.validate()
+    pool.run("a", 100)
+    assert pool.key("a") == 150
+
+
 def test_weight_outlives_the_account() -> None:
     """A weight holds for members that have no account now."""
     pool = Pool()

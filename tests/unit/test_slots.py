@@ -176,6 +176,7 @@ def test_reprs_tell_the_state_in_a_line() -> None:
     assert repr(lane) == "<Lane m without n2,n3, 1 waiting>"
     assert repr(slots.lane("m")) == "<Lane m, 0 waiting>"
     assert repr(lane.supply) == "<Supply m: 1 nodes, 1 lanes>"
+    assert repr(node.shelf) == "<Shelf of 1 nodes, 1 models>"
 
 
 def test_validate_finds_a_node_in_the_wrong_level() -> None:
