@@ -437,7 +437,8 @@ def test_a_first_start_tells_its_download(live: Server, data_dir: Path) -> None:
         assert len(steps) > 2
         assert done == sorted(done)
         assert done[-1] == steps[-1]["total"]
-        assert told("chat", "Say hello.", "--max-tokens", "2", "--data-dir", data_dir)["content"]
+        # Two tokens may be half a character, which is no text yet.
+        assert told("chat", "Say hello.", "--max-tokens", "8", "--data-dir", data_dir)["content"]
 
 
 def test_chat_without_a_platform_loads_the_model(tmp_path: Path) -> None:

@@ -396,3 +396,27 @@ def test_an_exchange_says_what_it_is(tmp_path: Path) -> None:
     scope = {"type": "http", "method": "GET", "path": "/secret", "headers": []}
     exchange = Exchange(None, Bodies(), scope, nothing, nothing)  # type: ignore[arg-type]
     assert repr(exchange) == f"<Exchange {exchange.id} GET waiting>"
+
+
+async def test_flexible_service_takes_what_others_leave(tmp_path: Path) -> None:
+    """`service_tier: flex` is the batch band: others go first, once it has had its part."""
+    order: list[str] = []
+
+    def note(call: Call) -> None:
+        (message,) = call.body["messages"]  # type: ignore[misc]
+        order.append(message["content"])
+
+    async with stage(tmp_path, slots=1, fault=note) as scene, asyncio.TaskGroup() as tasks:
+        messages = [{"role": "user", "content": "alone"}]
+        await scene.client().post({**HELLO, "messages": messages, "service_tier": "flex"})
+        scheduler = scene.pool.gateway.scheduler
+        for number, (word, tier) in enumerate(
+            [("first", "auto"), ("flex", "flex"), ("second", "default"), ("third", "auto")]
+        ):
+            messages = [{"role": "user", "content": word}]
+            body = {**HELLO, "messages": messages, "service_tier": tier, "max_tokens": 20}
+            tasks.create_task(scene.client().post(body))
+            async with asyncio.timeout(5):
+                while scheduler.queued + scheduler.running <= number:
+                    await asyncio.sleep(0.001)
+    assert order == ["alone", "first", "second", "third", "flex"]

@@ -130,16 +130,19 @@ async def test_who_gets_no_slot_is_told_why() -> None:
     """A refusal and a client's leaving end the trail."""
     async with open_pool({"a": MemoryEngine(slots=1, pace=SLOW)}) as pool:
         long = demand("long", output_tokens_max=500, body={"messages": [], "max_tokens": 500})
+        scheduler = pool.gateway.scheduler
         holding = asyncio.ensure_future(ask(pool, long))
-        await asyncio.sleep(0.02)
+        while not scheduler.running:
+            await asyncio.sleep(0.001)
         leaving = asyncio.ensure_future(ask(pool, demand("gone")))
-        await asyncio.sleep(0.02)
+        while not scheduler.queued:
+            await asyncio.sleep(0.001)
         late = demand("late", deadline=pool.gateway.clock.now() + 0.01)
         with pytest.raises(DeadlineUnreachable):
             await ask(pool, late)
-        for task in (leaving, holding):
+        for task in (leaving, holding):  # in turn, or the slot that is freed is the other's
             task.cancel()
-        await asyncio.gather(leaving, holding, return_exceptions=True)
+            await asyncio.wait({task})
         gone, refused = pool.gateway.whys.find("gone"), pool.gateway.whys.find("late")
         assert gone is not None
         assert refused is not None

@@ -118,7 +118,8 @@ def ask_chat(asker: Asker, body: dict[str, object]) -> Asked:
         chars=sum(len(str(message.get("content", ""))) for message in messages),
     )
     setting = asker.services.config.gateway.completion_tokens_default
-    job = _Job(asker, Route.CHAT, fields, _chat_maximum(fields), setting)
+    batch = fields.service_tier == "flex"
+    job = _Job(asker, Route.CHAT, fields, _chat_maximum(fields), setting, batch=batch)
     return job.asked((prompt,), CHAT_FORWARDED)
 
 
@@ -158,6 +159,7 @@ class _Job:
     fields: Generation
     maximum: int | None  # of tokens of each answer, if the caller names one
     default: int
+    batch: bool = False
 
     def asked(self, prompts: tuple[_Prompt, ...], forwarded: frozenset[str]) -> Asked:
         """One demand for each answer to each prompt."""
@@ -207,6 +209,7 @@ class _Job:
             output_tokens_max=maximum,
             chain=chain(text, salt=chain_salt(model.model, asker.member, shared=shared)),
             cache_salt=salt,
+            batch=self.batch,
             deadline=asker.deadline,
         )
 

@@ -197,7 +197,7 @@ STAYS_HERE = {
     "prompt_cache_options": "as prompt_cache_key",
     "prompt_cache_retention": "as prompt_cache_key",
     "safety_identifier": "not kept",
-    "service_tier": "shares decide who goes first",
+    "service_tier": "flex is the batch band; otherwise shares decide who goes first",
     "store": "nothing is kept",
     "stream": "engines always stream",
     "stream_options": "engines always report usage",

@@ -261,6 +261,7 @@ class Gateway:
             prompt_tokens=demand.prompt_tokens,
             output_tokens_max=demand.output_tokens_max,
             factor_milli=self.factor_of(demand.model),
+            batch=demand.batch,
             chain=demand.chain,
             text_bytes=demand.prompt_bytes,
             deadline=demand.deadline,

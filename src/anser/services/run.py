@@ -37,6 +37,7 @@ class Demand:
     output_tokens_max: int
     chain: Chain = ()  # its prompt's blocks, if caches are kept of such prompts
     cache_salt: str | None = None  # for engines that keep caches apart by it
+    batch: bool = False  # it takes what nobody else wants
     deadline: float | None = None  # monotonic seconds: its first token is of no use after it
 
     def left_s(self, now: float) -> float:
