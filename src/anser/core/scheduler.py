@@ -6,9 +6,11 @@ Theory of operation
 the caller acts. The same events give the same decisions, so a day of traffic can be replayed.
 
 *Late binding*: a request waits here, in its member's queue, and leaves only into a free slot of a
-node that serves its model; engines never queue. So a free slot and a request that may use it never
-exist side by side, and a request that finds a free slot starts at once, at a cost that depends on
-neither members nor nodes. A freed slot goes to the member of least key (`fairness`).
+node that serves its model; engines never queue. A request that finds a free slot which nobody waits
+for starts at once, at a cost that depends on neither members nor nodes. A freed slot goes to one of
+those whose members have had least (`fairness`), by the rules of `picking`, which may also keep it
+free for a member that asks little. What keeps it free changes with what happens elsewhere, so such
+slots are tried again a few times a second.
 
 *Charge*: the prompt when a request starts, output as it is produced; at the end both are corrected
 to the usage reported, so that a cached prompt token costs its tenth.
@@ -16,6 +18,9 @@ to the usage reported, so that a cached prompt token costs its tenth.
 *Failure*: all that was not delivered is refunded. A request of which nothing has reached its client
 goes back to the front of its member's queue and shuns the nodes it failed on while others serve its
 model (`slots`), until its tries are used up.
+
+*Refusal*: a request that cannot start before its deadline is refused when it comes. When the queue
+is longer than it may be, the newest request of who has most waiting for its weight goes.
 
 *Cancel*: a waiting request is forgotten. A running one is aborted, and keeps its slot and pays for
 what it generates until the engine's end of it is reported, because until then the slot is in use.
