@@ -51,7 +51,7 @@ def bench(
     experiment: str | None = None,
     traces: Path | None = None,
     seeds: Annotated[int, Parameter(validator=validators.Number(gte=1, lte=100))] = 3,
-    quick: Annotated[bool, Parameter(negative="")] = False,
+    quick: Annotated[bool, Parameter(negative="", show_default=False)] = False,
     at: Shaped = PLAIN,
 ) -> None:
     """Measure the scheduler: how fair it is, or what a decision costs. From a checkout only.
