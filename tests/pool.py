@@ -18,6 +18,7 @@ from anser.core.health import NodeState
 from anser.core.ledger import Receipt
 from anser.core.scheduler import Scheduler
 from anser.ports import Clock, Engine, Route
+from anser.services.contribution import Contribution
 from anser.services.fleet import Fleet
 from anser.services.gateway import Demand, Gateway
 from anser.services.ledger import Ledger
@@ -32,6 +33,7 @@ class Pool:
 
     gateway: Gateway
     members: Members
+    contribution: Contribution
     fleet: Fleet
     ledger: Ledger
     store: MemoryStore
@@ -45,7 +47,7 @@ class Pool:
 
     def validate(self) -> None:
         """Assert every part's invariants, and that nothing is left behind when it is idle."""
-        for part in (self.gateway, self.members, self.fleet, self.ledger):
+        for part in (self.gateway, self.members, self.contribution, self.fleet, self.ledger):
             part.validate()
         if self.gateway.empty.is_set():
             assert self.gateway.scheduler.queued == self.gateway.scheduler.running == 0
@@ -79,7 +81,15 @@ async def open_pool(
         clock=clock,
         settings=settings,
     )
-    pool = Pool(gateway, members, fleet, ledger, store)
+    contribution = Contribution(
+        ledger=ledger,
+        members=members,
+        scheduler=gateway.scheduler,
+        clock=clock,
+        public_share=member_settings.public_share,
+    )
+    await contribution.load()
+    pool = Pool(gateway, members, contribution, fleet, ledger, store)
     async with asyncio.TaskGroup() as tasks:
         tasks.create_task(ledger.run())
         probing = tasks.create_task(fleet.run())

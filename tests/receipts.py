@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from hypothesis import strategies as st
 
@@ -18,7 +19,7 @@ from anser.core.ledger import (
 from anser.ports import SignedBatch, Signer
 from anser.services.receipt_file import leaf_of
 
-__all__ = ["make_batch", "make_receipt", "receipts"]
+__all__ = ["by_node_of", "make_batch", "make_receipt", "receipts"]
 
 _NOON_MS = 1_800_000_000_000
 
@@ -55,7 +56,13 @@ def make_receipt(
         queued_ms=begun_ms,
         first_token_ms=begun_ms + 100,
         ended_ms=begun_ms + 900 if ended_ms is None else ended_ms,
+        owner="",
     )
+
+
+def by_node_of(owner: str | None, receipt: Receipt) -> Receipt:
+    """This receipt, of a request that a node of `owner` served."""
+    return replace(receipt, owner=owner)
 
 
 def make_batch(
@@ -91,7 +98,7 @@ _leases = st.builds(
     completion_tokens=_integers,
     error=st.none() | _texts,
 )
-receipts: st.SearchStrategy[Receipt] = st.builds(
+_plain = st.builds(
     Receipt,
     request=_texts,
     member=_texts,
@@ -103,5 +110,12 @@ receipts: st.SearchStrategy[Receipt] = st.builds(
     queued_ms=_integers,
     first_token_ms=st.none() | _integers,
     ended_ms=_integers,
+)
+_factors = st.integers(min_value=1, max_value=INTEGER_MAX)
+receipts: st.SearchStrategy[Receipt] = _plain | st.builds(
+    lambda receipt, owner, factor: replace(receipt, owner=owner, factor_milli=factor),
+    _plain,
+    _texts,
+    _factors,
 )
 """Any receipt at all, also absurd ones."""

@@ -116,6 +116,7 @@ async def stage(
             loaded=Loaded.of(Config(data_dir=folder, server=server, gateway=gateway)),
             clock=SystemClock(),
             members=pool.members,
+            contribution=pool.contribution,
             fleet=pool.fleet,
             gateway=pool.gateway,
             ledger=pool.ledger,

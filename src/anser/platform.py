@@ -39,6 +39,7 @@ from anser.core.hub import Model
 from anser.core.limits import CONNECTIONS_MAX, FILES_RESERVED, RETRIES_MAX
 from anser.core.scheduler import Scheduler
 from anser.ports import Engine, Progress
+from anser.services.contribution import Contribution
 from anser.services.fleet import Fleet
 from anser.services.gateway import Gateway
 from anser.services.hub import Hub
@@ -108,16 +109,19 @@ async def open_platform(
         stack.push_async_callback(fleet.aclose)
         ledger = Ledger(store, signer, clock)
         hub = Hub(mirrors_for(config.engine.mirrors), DiskBlobs(folder.path / "blobs"))
+        gateway = _gateway(config, clock, members, fleet, ledger, hub)
         services = Services(
             loaded=loaded,
             clock=clock,
             members=members,
+            contribution=_contribution(config, gateway),
             fleet=fleet,
-            gateway=_gateway(config, clock, members, fleet, ledger, hub),
+            gateway=gateway,
             ledger=ledger,
             hub=hub,
         )
         await _restore_days(services)
+        await services.contribution.load()
         await stack.enter_async_context(_loops(services))
         if engine and config.engine.enabled:
             await stack.enter_async_context(_builtin(services, progress))
@@ -140,6 +144,16 @@ def _gateway(
         clock=clock,
         settings=config.gateway,
         factor_of=hub.factor_milli,
+    )
+
+
+def _contribution(config: Config, gateway: Gateway) -> Contribution:
+    return Contribution(
+        ledger=gateway.ledger,
+        members=gateway.members,
+        scheduler=gateway.scheduler,
+        clock=gateway.clock,
+        public_share=config.members.public_share,
     )
 
 
@@ -173,10 +187,12 @@ async def _loops(services: Services) -> AsyncGenerator[None]:
     async with asyncio.TaskGroup() as tasks:
         tasks.create_task(services.ledger.run())
         probing = tasks.create_task(services.fleet.run())
+        weighing = tasks.create_task(services.contribution.run())
         try:
             yield
         finally:
             probing.cancel()
+            weighing.cancel()
             await services.ledger.aclose()
 
 

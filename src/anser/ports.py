@@ -21,6 +21,7 @@ __all__ = [
     "Blobs",
     "Call",
     "Clock",
+    "Contributed",
     "Engine",
     "MemberStore",
     "Mirror",
@@ -168,6 +169,15 @@ class UsageRow:
     completion_tokens: int
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Contributed:
+    """What one owner of nodes ("": the platform) earned about `at_ms`, in micro-credits."""
+
+    owner: str
+    micro_credits: int
+    at_ms: int
+
+
 class ReceiptStore(Protocol):
     """Receipts that last."""
 
@@ -189,6 +199,13 @@ class ReceiptStore(Protocol):
 
     async def recent(self, *, limit: int, member: str | None) -> list[Receipt]:
         """The newest receipts first, of `member` and all below it, or of all."""
+        ...
+
+    async def contributed(self, *, since_ms: int, until_ms: int) -> list[Contributed]:
+        """Sums of credit (`core.contribution`) of receipts ended in [since, until).
+
+        One for each owner and some hours; its time is the mean of those hours' receipts, by credit.
+        """
         ...
 
 

@@ -18,8 +18,8 @@ from anser.core.errors import Conflict
 from anser.core.fleet import Node
 from anser.core.ledger import Outcome, Receipt, Usage
 from anser.core.members import Key, Limits, Member, Scope
-from anser.ports import Signer, UsageRow
-from tests.receipts import make_batch, make_receipt
+from anser.ports import Contributed, Signer, UsageRow
+from tests.receipts import by_node_of, make_batch, make_receipt
 
 pytestmark = pytest.mark.anyio
 
@@ -154,6 +154,7 @@ class TestNodeStore:
             key_file="/etc/key",
             jurisdiction="CH",
             draining=True,
+            member="lab",
         )
         bare = Node(id="a", url="https://models.example/v1")
         assert await store.nodes() == []
@@ -312,6 +313,44 @@ class TestReceiptStore:
                 recent = await store.recent(limit=limit, member=member)
                 expected = [f"request-{number}" for number in newest[:limit]]
                 assert [receipt.request for receipt in recent] == expected
+
+    async def test_credit_is_summed_by_owner(self, store: Store, signer: Signer) -> None:
+        """What nodes served to others than their owners is summed by owner, from since to until.
+
+        The time of a sum is the mean, by credit; who served itself or broke off has earned nothing.
+        """
+        used = Usage(prompt_tokens=10, cached_tokens=4, completion_tokens=1)  # 10.4 credits
+        twice = Usage(prompt_tokens=20, cached_tokens=8, completion_tokens=2)
+        hour, day = 3_600_000, 86_400_000
+        receipts = [
+            by_node_of("lab", make_receipt(1, usage=used, ended_ms=hour, member="b/c")),
+            by_node_of("lab", make_receipt(2, usage=twice, ended_ms=hour + 900, member="b")),
+            by_node_of("lab", make_receipt(3, usage=used, ended_ms=day - 1, member="b")),
+            by_node_of("", make_receipt(4, usage=used, ended_ms=hour, member="lab")),
+            by_node_of("lab", make_receipt(5, usage=used, ended_ms=hour, member="lab/ocean")),
+            by_node_of("lab", make_receipt(6, usage=used, ended_ms=day, member="b")),
+            by_node_of(None, make_receipt(7, usage=used, ended_ms=hour, member="b")),
+            by_node_of("b", make_receipt(8, outcome=Outcome.FAILED, ended_ms=hour)),
+            by_node_of("b", make_receipt(9, usage=Usage(), ended_ms=hour)),
+            by_node_of("", make_receipt(10, usage=used, ended_ms=hour - 1, member="lab")),
+        ]
+        await store.append(make_batch(receipts, signer))
+        assert await store.contributed(since_ms=hour, until_ms=day) == [
+            Contributed(owner="", micro_credits=10_400_000, at_ms=hour),
+            Contributed(owner="lab", micro_credits=31_200_000, at_ms=hour + 600),
+            Contributed(owner="lab", micro_credits=10_400_000, at_ms=day - 1),
+        ]
+        assert await store.contributed(since_ms=2 * day, until_ms=3 * day) == []
+
+    async def test_absurd_credit_is_stored(self, store: Store, signer: Signer) -> None:
+        """The largest receipts that there can be are summed, not refused for their size."""
+        most = Usage(prompt_tokens=2**53 - 1, completion_tokens=2**53 - 1)
+        receipts = [
+            by_node_of("b", make_receipt(number, usage=most, ended_ms=0)) for number in range(3)
+        ]
+        await store.append(make_batch(receipts, signer))
+        [row] = await store.contributed(**ALWAYS)
+        assert row.micro_credits == pytest.approx(3 * 2**53)
 
     @settings(
         max_examples=25,

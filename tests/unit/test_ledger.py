@@ -15,7 +15,7 @@ from anser.core.ledger import (
     receipt_from_json,
     receipt_json,
 )
-from tests.receipts import make_receipt
+from tests.receipts import by_node_of, make_receipt
 
 
 def test_usage_adds_up() -> None:
@@ -41,9 +41,21 @@ def test_receipt_survives_its_json_form(outcome: Outcome) -> None:
     assert receipt_from_json(receipt_json(receipt)) == receipt
 
 
+def test_receipts_of_before_there_were_owners_keep_their_form() -> None:
+    """A receipt that notes no owner has the form that it was hashed in, and is read back so."""
+    before = by_node_of(None, make_receipt(1))
+    assert not {"owner", "factor_milli"} & receipt_json(before).keys()
+    assert receipt_from_json(receipt_json(before)) == before
+
+
 def form(**changes: object) -> dict[str, Any]:
     """A receipt's JSON form with some fields changed."""
     return receipt_json(make_receipt(1)) | changes
+
+
+def old() -> dict[str, Any]:
+    """The JSON form of a receipt of before there were owners."""
+    return receipt_json(by_node_of(None, make_receipt(1)))
 
 
 def lease(**changes: object) -> dict[str, Any]:
@@ -78,6 +90,10 @@ def usage(**changes: object) -> dict[str, Any]:
             form(first_token_ms=2**53),
             "receipt.first_token_ms is not a whole number from 0 to 2^53-1.",
         ),
+        ({**old(), "owner": ""}, "receipt.factor_milli is missing."),
+        ({**old(), "factor_milli": 1}, "receipt.owner is missing."),
+        (form(owner=None), "receipt.owner is not text."),
+        (form(factor_milli=0), "receipt.factor_milli is not above 0."),
         (lease(node=None), "receipt.leases[0].node is not text."),
         (lease(error=False), "receipt.leases[0].error is not text."),
         (usage(cached_tokens=2), "receipt.usage has more cached than prompt tokens."),

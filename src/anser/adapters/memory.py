@@ -12,11 +12,12 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable
 
+from anser.core.contribution import CREDIT_SPAN_MS, credit
 from anser.core.errors import Conflict, StoreError
 from anser.core.fleet import Node
 from anser.core.ledger import Outcome, Receipt, Usage
 from anser.core.members import Key, Member
-from anser.ports import SignedBatch, StoredReceipt, UsageRow
+from anser.ports import Contributed, SignedBatch, StoredReceipt, UsageRow
 
 __all__ = ["MemoryClock", "MemoryStore"]
 
@@ -136,6 +137,20 @@ class MemoryStore:
         """The newest receipts first, of `member` and all below it, or of all."""
         return list(self._of(member))[::-1][: max(limit, 0)]
 
+    async def contributed(self, *, since_ms: int, until_ms: int) -> list[Contributed]:
+        """Sums of credit of receipts ended in [since, until), for each owner and some hours."""
+        groups: dict[tuple[str, int], list[tuple[int, int]]] = defaultdict(list)
+        for receipt in self._of(None):
+            earned = credit(receipt)
+            if earned is not None and since_ms <= receipt.ended_ms < until_ms:
+                owner, micro_credits = earned
+                after_ms = receipt.ended_ms - since_ms
+                groups[owner, after_ms // CREDIT_SPAN_MS].append((micro_credits, after_ms))
+        return [
+            _contributed(owner, groups[owner, span], since_ms=since_ms)
+            for owner, span in sorted(groups)
+        ]
+
     def _check_writable(self) -> None:
         if self.fault is not None:
             raise type(self.fault)(self.fault.message)
@@ -174,3 +189,9 @@ def _sum(receipts: list[Receipt]) -> UsageRow:
         cached_tokens=total.cached_tokens,
         completion_tokens=total.completion_tokens,
     )
+
+
+def _contributed(owner: str, credits: list[tuple[int, int]], *, since_ms: int) -> Contributed:
+    total = sum(earned for earned, _ in credits)
+    mean_ms = sum(earned * after_ms for earned, after_ms in credits) / total
+    return Contributed(owner=owner, micro_credits=total, at_ms=since_ms + round(mean_ms))

@@ -21,7 +21,7 @@ from anser.adapters.sqlite_connection import Lane
 from anser.core.fleet import Node
 from anser.core.ledger import Receipt
 from anser.core.members import Key, Member
-from anser.ports import SignedBatch, StoredReceipt, UsageRow
+from anser.ports import Contributed, SignedBatch, StoredReceipt, UsageRow
 
 __all__ = ["SqliteStore"]
 
@@ -112,6 +112,12 @@ class SqliteStore:
     async def recent(self, *, limit: int, member: str | None) -> list[Receipt]:
         """The newest receipts first, of `member` and all below it, or of all."""
         return await self._reader.call(partial(sqlite_receipts.recent, limit=limit, member=member))
+
+    async def contributed(self, *, since_ms: int, until_ms: int) -> list[Contributed]:
+        """Sums of credit of receipts ended in [since, until), for each owner and some hours."""
+        return await self._reader.call(
+            partial(sqlite_receipts.contributed, since_ms=since_ms, until_ms=until_ms)
+        )
 
 
 def _read_only(connection: sqlite3.Connection) -> None:

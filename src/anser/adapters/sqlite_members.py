@@ -116,8 +116,9 @@ def nodes(connection: sqlite3.Connection) -> list[Node]:
             key_file=key_file,
             jurisdiction=jurisdiction,
             draining=bool(draining),
+            member=member,
         )
-        for id_, url, model, slots, key_file, jurisdiction, draining in rows
+        for id_, url, model, slots, key_file, jurisdiction, draining, member in rows
     ]
 
 
@@ -133,6 +134,7 @@ def put_node(connection: sqlite3.Connection, node: Node) -> None:
             "key_file": node.key_file,
             "jurisdiction": node.jurisdiction,
             "draining": int(node.draining),
+            "member": node.member,
         },
     )
 

@@ -24,7 +24,7 @@ from anser.api.usage import node_object, pool, request_of, usage_since
 from anser.api.why import why_of
 from anser.config import shown, without_password
 from anser.core.errors import InvalidField
-from anser.core.fleet import Node
+from anser.core.fleet import Node, check_node
 from anser.core.members import Key, Limits, Member, Scope
 from anser.services.pool import NodeView, view_of
 
@@ -99,6 +99,7 @@ class NodeBody(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     slots: _Count | None = None
     key_file: Annotated[str, msgspec.Meta(max_length=4_096)] | None = None
     jurisdiction: _Name | None = None
+    member: _Name | None = None
 
 
 class Nothing(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -161,7 +162,11 @@ class _Admin:
             slots=body.slots,
             key_file=body.key_file,
             jurisdiction=body.jurisdiction,
+            member=body.member or "",
         )
+        check_node(node)
+        if node.member:
+            self._services.members.check_owner(node.member)
         added = await self._services.fleet.add(node)
         return self._nodes()[added.node.id]
 
@@ -279,6 +284,7 @@ def _node(view: NodeView) -> dict[str, object]:
         "url": without_password(node.url),
         "model": node.model,
         "key_file": node.key_file,
+        "member": node.member or None,
         "error": view.status.error,
     }
 

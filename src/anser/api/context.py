@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from anser.config import Config, Loaded
 from anser.ports import Clock
+from anser.services.contribution import Contribution
 from anser.services.fleet import Fleet
 from anser.services.gateway import Gateway
 from anser.services.hub import Hub
@@ -22,6 +23,7 @@ class Services:
     loaded: Loaded
     clock: Clock
     members: Members
+    contribution: Contribution
     fleet: Fleet
     gateway: Gateway
     ledger: Ledger

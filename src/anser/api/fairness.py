@@ -23,7 +23,7 @@ def fairness_of(services: Services, principal: Principal) -> dict[str, Any]:
         "member": _public(member),
         "queued": scheduler.queued_of(member),
         "running": scheduler.running_of(member),
-        "levels": [_level(share) for share in fairness.path(member, now)],
+        "levels": [_level(services, share) for share in fairness.path(member, now)],
         "all": {
             "members": look.evenness.members,
             "jain": look.evenness.jain,
@@ -32,7 +32,7 @@ def fairness_of(services: Services, principal: Principal) -> dict[str, Any]:
         },
     }
     if principal.scope is Scope.OPERATE:
-        found["members"] = [_row(share) for share in look.shares.values()]
+        found["members"] = [_row(services, share) for share in look.shares.values()]
     return found
 
 
@@ -41,19 +41,28 @@ def _public(member: str) -> str:
     return ANONYMOUS if ancestry(member)[0] == ANONYMOUS else member
 
 
-def _level(share: Share) -> dict[str, Any]:
+def _level(services: Services, share: Share) -> dict[str, Any]:
     """Its own or its organisation's part; how much that was is told by /v1/usage, to its own."""
     return {
         "member": _public(share.member),
         "weight": share.weight,
+        "contribution": _contribution(services, share.member),
         "share": share.share,
         "entitlement": share.entitlement,
     }
 
 
-def _row(share: Share) -> dict[str, Any]:
+def _contribution(services: Services, member: str) -> dict[str, Any] | None:
+    """How much of its weight is for which part of all contribution."""
+    part = services.contribution.parts.get(member)
+    if part is None:
+        return None
+    return {"part": part, "weight": services.members.added_weight(member)}
+
+
+def _row(services: Services, share: Share) -> dict[str, Any]:
     return {
-        **_level(share),
+        **_level(services, share),
         "member": share.member,
         "service_micro_credits": share.service,
         "queued": share.queued,

@@ -38,6 +38,8 @@ class Described:
     """File on the platform's machine with the key that the server wants."""
     jurisdiction: str | None = None
     """Country whose law holds there, as two letters."""
+    member: str | None = None
+    """Organisation that owns it: what it serves to others raises the organisation's weight."""
 
 
 _NOT_DESCRIBED = Described()
@@ -70,6 +72,7 @@ def add(
         "slots": node.slots,
         "key_file": key_file,
         "jurisdiction": node.jurisdiction,
+        "member": node.member,
     }
     added = ask(at, "POST", "/admin/v1/nodes", body=body)
     if at.json:
@@ -147,7 +150,7 @@ def remove(node: str, /, *, at: Anywhere = ANYWHERE) -> None:
 
 
 def _print_nodes(nodes: list[dict[str, Any]]) -> None:
-    columns = ("node", "state", "engine", "slots", "models", "address", "trouble")
+    columns = ("node", "state", "engine", "slots", "models", "owner", "address", "trouble")
     print_table(
         columns,
         [
@@ -157,6 +160,7 @@ def _print_nodes(nodes: list[dict[str, Any]]) -> None:
                 " ".join(str(part) for part in (node["engine"], node["version"]) if part) or None,
                 node["slots"],
                 ", ".join(node["models"]),
+                node["member"],
                 node["url"],
                 node["error"],
             )

@@ -94,7 +94,7 @@ def _show_fairness(at: Place) -> None:
         print_json(found)
         return
     rows = found.get("members", found["levels"])
-    names = ("member", "weight", "share", "due", "queued", "running")
+    names = ("member", "weight", "contributed", "share", "due", "queued", "running")
     print_table(names, [_fair_row(row) for row in rows])
     print_line()
     whole = found["all"]
@@ -108,7 +108,10 @@ def _show_fairness(at: Place) -> None:
 def _fair_row(row: dict[str, Any]) -> tuple[object, ...]:
     share = None if row["share"] is None else f"{row['share']:.1%}"
     due, weight = f"{row['entitlement']:.1%}", f"{row['weight'] / 1_000:g}"
-    return row["member"], weight, share, due, row.get("queued"), row.get("running")
+    given = row["contribution"]
+    contributed = None if given is None else f"+{given['weight'] / 1_000:g} ({given['part']:.1%})"
+    places = row.get("queued"), row.get("running")
+    return row["member"], weight, contributed, share, due, *places
 
 
 @receipt_app.command(name="get")

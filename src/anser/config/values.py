@@ -100,6 +100,12 @@ class MemberSettings:
     anonymous_weight: int = _setting(
         1_000, "Weight of all anonymous use, in thousandths.", low=1, high=1_000_000_000
     )
+    public_share: float = _setting(
+        0.3,
+        "Part of the pool that is shared by weights alone, whatever anybody contributes.",
+        low=0.01,
+        high=1,
+    )
     in_flight_max: int = _setting(
         512,
         "Requests per member, waiting and running, unless its own limit is set.",

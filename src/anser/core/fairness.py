@@ -121,6 +121,13 @@ class Shares:
         """Leaves that wait, run, or did so a moment ago."""
         return self._awake_leaves
 
+    def awake_weight(self, member: str | None) -> int:
+        """Of this member while it is awake, else 0; of all organisations, if none is named."""
+        if member is None:
+            return self._root.awake_weight
+        account = self.find(member)
+        return account.weight if account is not None and account.awake else 0
+
     def share(self, leaf: Account) -> float:
         """Which part of everything is due to this leaf, among all that are awake."""
         share = 1.0

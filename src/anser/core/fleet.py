@@ -13,6 +13,7 @@ from enum import Enum, Flag, auto
 
 from anser.core.errors import InvalidField
 from anser.core.limits import MODEL_NAME_CHARS_MAX, NODE_MODELS_MAX, NODE_SLOTS_MAX
+from anser.core.members import ANONYMOUS, check_member_id
 
 __all__ = [
     "SLOTS_DEFAULT",
@@ -66,6 +67,7 @@ class Node:
     key_file: str | None = None  # where the engine's own key is read from
     jurisdiction: str | None = None  # ISO 3166-1 alpha-2
     draining: bool = False
+    member: str = ""  # the organisation that owns it; none: the platform
 
     @property
     def own(self) -> bool:
@@ -105,6 +107,7 @@ class Offer:
     context_tokens: int | None = None
     jurisdiction: str | None = None
     ability: Ability = Ability.BOTH
+    member: str = ""  # the node's owner
 
 
 # How many answers at once each kind of engine gives when it does not tell: what they do as
@@ -201,6 +204,8 @@ def check_node(node: Node) -> Node:
     place = None if node.jurisdiction is None else node.jurisdiction.upper()
     if place is not None and not re.fullmatch(r"[A-Z]{2}", place):
         raise _invalid("jurisdiction", "A jurisdiction is two letters of ISO 3166-1, such as DE.")
+    if node.member:
+        _check_owner(node.member)
     return replace(node, id=id_, jurisdiction=place)
 
 
@@ -224,7 +229,17 @@ def _offer(node: Node, kind: EngineKind, name: str, model: ServedModel) -> Offer
         context_tokens=model.context_tokens,
         jurisdiction=node.jurisdiction,
         ability=model.ability,
+        member=node.member,
     )
+
+
+def _check_owner(member: str) -> None:
+    organisation, slash, _ = check_member_id(member).partition("/")
+    if slash:
+        message = f"A node is owned by an organisation, not by a part of it: say {organisation}."
+        raise _invalid("member", message)
+    if member == ANONYMOUS:
+        raise _invalid("member", "The anonymous member owns no nodes: leave the owner out.")
 
 
 def _is_name(name: str) -> bool:

@@ -93,8 +93,12 @@ class Receipt:
     queued_ms: int
     first_token_ms: int | None
     ended_ms: int
+    owner: str | None = None  # of the node that served it; "": the platform. None: not noted yet
+    factor_milli: int = 1_000  # the model's price factor then, in thousandths
 
     def __post_init__(self) -> None:
+        assert 1 <= self.factor_milli <= INTEGER_MAX
+        assert self.owner is not None or self.factor_milli == 1_000
         assert 0 <= self.queued_ms <= INTEGER_MAX
         assert 0 <= (self.first_token_ms or 0) <= INTEGER_MAX
         assert 0 <= self.ended_ms <= INTEGER_MAX
@@ -118,12 +122,16 @@ _RECEIPT_KEYS = frozenset(
         "ended_ms",
     }
 )
+_OWNER_KEYS = frozenset({"owner", "factor_milli"})  # both or none: receipts of before have neither
 
 
 def receipt_json(receipt: Receipt) -> dict[str, object]:
-    """The receipt as plain JSON values, every field present; `receipt_from_json` reads it back."""
+    """The receipt as plain JSON values; `receipt_from_json` reads it back.
+
+    Every field is present, but for those that receipts of before there were owners do not have.
+    """
     usage = receipt.usage
-    return {
+    found: dict[str, object] = {
         "request": receipt.request,
         "member": receipt.member,
         "model": receipt.model,
@@ -139,11 +147,16 @@ def receipt_json(receipt: Receipt) -> dict[str, object]:
         "first_token_ms": receipt.first_token_ms,
         "ended_ms": receipt.ended_ms,
     }
+    if receipt.owner is not None:
+        found |= {"owner": receipt.owner, "factor_milli": receipt.factor_milli}
+    return found
 
 
 def receipt_from_json(value: object) -> Receipt:
     """Read a receipt from plain JSON values; ReceiptError names the first field that is wrong."""
-    fields = read_object(value, keys=_RECEIPT_KEYS, where="receipt")
+    owned = isinstance(value, dict) and not _OWNER_KEYS.isdisjoint(cast("dict[str, object]", value))
+    keys = _RECEIPT_KEYS | _OWNER_KEYS if owned else _RECEIPT_KEYS
+    fields = read_object(value, keys=keys, where="receipt")
     leases = fields["leases"]
     if not isinstance(leases, list):
         raise ReceiptError("receipt.leases is not a list.")
@@ -161,6 +174,8 @@ def receipt_from_json(value: object) -> Receipt:
         queued_ms=read_integer(fields, key="queued_ms", where="receipt"),
         first_token_ms=_read_integer_or_none(fields, key="first_token_ms", where="receipt"),
         ended_ms=read_integer(fields, key="ended_ms", where="receipt"),
+        owner=read_text(fields, key="owner", where="receipt") if owned else None,
+        factor_milli=_read_factor(fields) if owned else 1_000,
     )
 
 
@@ -239,6 +254,13 @@ def _read_outcome(fields: dict[str, object]) -> Outcome:
         return Outcome(fields["outcome"])
     except ValueError:
         raise ReceiptError("receipt.outcome is not an outcome.") from None
+
+
+def _read_factor(fields: dict[str, object]) -> int:
+    factor = read_integer(fields, key="factor_milli", where="receipt")
+    if factor < 1:
+        raise ReceiptError("receipt.factor_milli is not above 0.")
+    return factor
 
 
 def _read_text_or_none(fields: dict[str, object], *, key: str, where: str) -> str | None:

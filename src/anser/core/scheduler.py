@@ -130,6 +130,10 @@ class Scheduler:
         """A row for each member that waits, runs or is ahead of others; parents come first."""
         return self._shares.standings()
 
+    def awake_weight(self, member: str | None = None) -> int:
+        """Of this member while it is awake, else 0; of all organisations, if none is named."""
+        return self._shares.awake_weight(member)
+
     def key_of(self, member: str) -> tuple[Pool, int] | None:
         """The pool in which it, or something below it, waits, and its key there.
 

@@ -245,22 +245,24 @@ class Gateway:
             queued_ms=self._dispatch.wall_ms(),
             ready=asyncio.get_running_loop().create_future(),
             tally=Tally(demand.prompt_tokens, demand.prompt_bytes),
+            factor_milli=self.factor_of(demand.model),
         )
         try:
-            self._dispatch.submit(run, self._request(demand))
+            self._dispatch.submit(run, self._request(run))
         except AnserError:
             run.reservation.withdraw()
             raise
         return run
 
-    def _request(self, demand: Demand) -> Request:
+    def _request(self, run: Run) -> Request:
+        demand = run.demand
         return Request(
             id=demand.id,
             member=demand.member,
             model=demand.model,
             prompt_tokens=demand.prompt_tokens,
             output_tokens_max=demand.output_tokens_max,
-            factor_milli=self.factor_of(demand.model),
+            factor_milli=run.factor_milli,
             batch=demand.batch,
             chain=demand.chain,
             text_bytes=demand.prompt_bytes,
@@ -311,6 +313,7 @@ class Gateway:
         run.opened = True
         try:
             offer = self.fleet.offer(lease.node, run.demand.model)
+            run.owner = offer.member
             return self.fleet.engine(lease.node), call_for(run.demand, lease, offer)
         except NoNode as gone:
             raise EngineUnreachable(gone.message) from None

@@ -17,14 +17,15 @@ Invariants:
 - all receipts that are not durable yet stay within their limit: whoever asks for `room` before
   admitting a request is never refused its receipt;
 - `signed_ms` never goes back, whatever the clock does;
-- when `run` has ended, nobody waits.
+- when `run` has ended, nobody waits;
+- whoever subscribes hears of each receipt once, when it is durable.
 """
 
 from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import islice
@@ -45,7 +46,7 @@ from anser.core.errors import (
     StoreError,
 )
 from anser.core.ledger import Receipt, batch_message
-from anser.ports import Clock, ReceiptStore, SignedBatch, Signer, UsageRow
+from anser.ports import Clock, Contributed, ReceiptStore, SignedBatch, Signer, UsageRow
 from anser.services.receipt_file import canonical, document_of, leaf_of, verify
 
 __all__ = ["Ledger", "verify"]
@@ -82,6 +83,7 @@ class Ledger:
         self._closing = False
         self._batches = 0
         self._receipts = 0
+        self._listeners: list[Callable[[Receipt], None]] = []
 
     def __repr__(self) -> str:
         return (
@@ -109,6 +111,10 @@ class Ledger:
         """How many more receipts may wait for the disk."""
         waiting = len(self._pending) + len(self._kept) + len(self._writing)
         return limits.RECEIPTS_PENDING_MAX - waiting
+
+    def subscribe(self, listener: Callable[[Receipt], None]) -> None:
+        """Have `listener` called for each receipt that becomes durable from now on."""
+        self._listeners.append(listener)
 
     async def record(self, receipt: Receipt) -> None:
         """Return when the receipt is durable; recording the same one again changes nothing.
@@ -184,6 +190,10 @@ class Ledger:
         """The newest receipts first, of `member` and all below it, or of all."""
         return await self._store.recent(limit=limit, member=member)
 
+    async def contributed(self, *, since_ms: int, until_ms: int) -> list[Contributed]:
+        """What owners of nodes earned by receipts ended in [since, until), by pieces of time."""
+        return await self._store.contributed(since_ms=since_ms, until_ms=until_ms)
+
     def _accept(self, receipt: Receipt) -> _Pending:
         try:
             return self._entry(receipt)
@@ -256,6 +266,9 @@ class Ledger:
         self._failing = False
         self._batches += 1
         self._receipts += len(entries)
+        for entry in entries:
+            for listener in self._listeners:
+                listener(entry.receipt)
         for waiter in _waiters(entries):
             waiter.set_result(None)
 

@@ -6,6 +6,9 @@ in one dict look-up; no secret is ever compared. Keys that have ended stay liste
 is needed: a wall clock that is wrong takes nothing away for good. A reservation checks and takes on
 the whole path from organisation to person between two awaits, so two requests can never both take
 the last place; several places are taken together, or none of them.
+
+What an organisation contributes adds to its weight (`contribution`); listeners, and whoever asks
+for `weight`, are told the sum.
 """
 
 from __future__ import annotations
@@ -83,6 +86,7 @@ class Members:
     _accounts: dict[tuple[str, bool], Account] = field(
         default_factory=dict[tuple[str, bool], Account]
     )
+    _added: dict[str, int] = field(default_factory=dict[str, int])  # weight, by contribution
     _listeners: list[Callable[[str, int], None]] = field(
         default_factory=list[Callable[[str, int], None]]
     )
@@ -98,6 +102,8 @@ class Members:
         assert all(key.member in self._members for key in self._by_hash.values())
         for account in self._accounts.values():
             account.allowance.validate()
+        assert self._added.keys() <= self._members.keys()
+        assert all(self._added.values())
 
     async def load(self) -> None:
         """Read the store; make the owner of a new platform."""
@@ -117,7 +123,7 @@ class Members:
         """Have `listener(member, weight)` called now for each member and at each change."""
         self._listeners.append(listener)
         for member in self._members.values():
-            listener(member.id, member.weight)
+            listener(member.id, self.weight(member.id))
 
     def authenticate(self, bearer: str | None, *, peer: str) -> Principal:
         """Who asks with this key from this address. Raises Unauthenticated."""
@@ -147,9 +153,29 @@ class Members:
             raise NotFound(f"There is no member {member[:64]!r}.", param="member")
 
     def weight(self, member: str) -> int:
-        """The member's weight among its siblings, in thousandths."""
+        """The member's weight among its siblings, in thousandths, with what it contributes."""
         known = self._members.get(member)
-        return _WEIGHT if known is None else known.weight
+        own = _WEIGHT if known is None else known.weight
+        return own + self.added_weight(member)
+
+    def added_weight(self, member: str) -> int:
+        """How much of the member's weight is for what it contributes, in thousandths."""
+        return self._added.get(member, 0)
+
+    def set_added_weight(self, member: str, added: int) -> None:
+        """Let its contribution add so much to a member's weight; who is unknown is passed over."""
+        known = self._members.get(member)
+        if known is not None and added != self.added_weight(member):
+            self._added[member] = added
+            if not added:
+                del self._added[member]
+            self._tell(known)
+
+    def check_owner(self, member: str) -> None:
+        """Raise NotFound unless nodes may be of this member."""
+        if member not in self._members:
+            message = f"There is no member {member!r}. Add it first: anser member add {member}"
+            raise NotFound(message, param="member")
 
     async def add_member(
         self, member: str, *, weight: int = _WEIGHT, member_limits: Limits | None = None
@@ -431,7 +457,7 @@ class Members:
 
     def _tell(self, member: Member) -> None:
         for listener in self._listeners:
-            listener(member.id, member.weight)
+            listener(member.id, self.weight(member.id))
 
 
 def _ended_at(key: Key) -> float:

@@ -92,6 +92,8 @@ class Run:
     began: bool = False  # its engine has answered
     late: bool = False  # its deadline has passed while its engine worked
     blame: EngineError | None = None  # what its node did wrong, though the answer ended well
+    owner: str = ""  # of the node that was asked last
+    factor_milli: int = 1_000  # the model's price factor, in thousandths
     first_token_ms: int | None = None
     closed: bool = False
     _latest_ms: int = 0
@@ -181,6 +183,8 @@ class Run:
             queued_ms=self.queued_ms,
             first_token_ms=self.first_token_ms,
             ended_ms=self.moment(wall_ms),
+            owner=self.owner,
+            factor_milli=self.factor_milli,
         )
 
 

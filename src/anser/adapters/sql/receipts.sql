@@ -9,9 +9,9 @@ VALUES (?, ?, ?, ?, ?, ?);
 -- name: add_receipt
 INSERT INTO receipts (
     id, batch, request, member, model, outcome,
-    ended_ms, prompt_tokens, cached_tokens, completion_tokens, leaf
+    ended_ms, prompt_tokens, cached_tokens, completion_tokens, leaf, owner, credit
 )
-VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
+VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
 ON CONFLICT (request) DO NOTHING;
 
 -- name: leaf
@@ -109,3 +109,14 @@ WHERE id IN (
     LIMIT :limit
 )
 ORDER BY id DESC;
+
+-- name: contributed
+-- One row for each owner and span of `step_ms`; its time is the mean, weighted by the credit.
+SELECT
+    owner,
+    total(credit),
+    :since_ms + total(credit * 1.0 * (ended_ms - :since_ms)) / total(credit)
+FROM receipts
+WHERE credit > 0 AND ended_ms >= :since_ms AND ended_ms < :until_ms
+GROUP BY owner, (ended_ms - :since_ms) / :step_ms
+ORDER BY owner, (ended_ms - :since_ms) / :step_ms;
