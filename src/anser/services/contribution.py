@@ -26,7 +26,6 @@ from anser.services.members import Members
 
 __all__ = ["Contribution"]
 
-_INTERVAL_S = 5.0
 _NOTICED = 0.01  # of a weight
 _DAY_MS = 86_400_000
 _DAYS = 10 * int(HALF_LIFE_S) // 86_400  # what is older counts for less than a thousandth
@@ -41,6 +40,7 @@ class Contribution:
     scheduler: Scheduler
     clock: Clock
     public_share: float
+    interval_s: float = 5.0
     parts: dict[str, float] = field(default_factory=dict[str, float])  # by member; of all, 0 to 1
     _contributions: Contributions = field(default_factory=Contributions)
 
@@ -72,7 +72,7 @@ class Contribution:
     async def run(self) -> None:
         """Turn contribution into weight, again and again; until cancelled."""
         while True:
-            await asyncio.sleep(_INTERVAL_S)
+            await asyncio.sleep(self.interval_s)
             self.weigh()
 
     def weigh(self) -> None:
