@@ -12,6 +12,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Protocol
 
+from anser.core.contribution import Credit
 from anser.core.fleet import EngineReport, Node
 from anser.core.hub import ModelFile
 from anser.core.ledger import Receipt
@@ -21,7 +22,6 @@ __all__ = [
     "Blobs",
     "Call",
     "Clock",
-    "Contributed",
     "Engine",
     "MemberStore",
     "Mirror",
@@ -169,15 +169,6 @@ class UsageRow:
     completion_tokens: int
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Contributed:
-    """What one owner of nodes ("": the platform) earned about `at_ms`, in micro-credits."""
-
-    owner: str
-    micro_credits: int
-    at_ms: int
-
-
 class ReceiptStore(Protocol):
     """Receipts that last."""
 
@@ -201,7 +192,7 @@ class ReceiptStore(Protocol):
         """The newest receipts first, of `member` and all below it, or of all."""
         ...
 
-    async def contributed(self, *, since_ms: int, until_ms: int) -> list[Contributed]:
+    async def credits(self, *, since_ms: int, until_ms: int) -> list[Credit]:
         """Sums of credit (`core.contribution`) of receipts ended in [since, until).
 
         One for each owner and some hours; its time is the mean of those hours' receipts, by credit.

@@ -14,11 +14,12 @@ from hypothesis import strategies as st
 from anser.adapters.memory import MemoryStore
 from anser.adapters.signer import KeyFileSigner
 from anser.adapters.sqlite import SqliteStore
+from anser.core.contribution import Credit
 from anser.core.errors import Conflict
 from anser.core.fleet import Node
 from anser.core.ledger import Outcome, Receipt, Usage
 from anser.core.members import Key, Limits, Member, Scope
-from anser.ports import Contributed, Signer, UsageRow
+from anser.ports import Signer, UsageRow
 from tests.receipts import by_node_of, make_batch, make_receipt
 
 pytestmark = pytest.mark.anyio
@@ -335,12 +336,12 @@ class TestReceiptStore:
             by_node_of("", make_receipt(10, usage=used, ended_ms=hour - 1, member="lab")),
         ]
         await store.append(make_batch(receipts, signer))
-        assert await store.contributed(since_ms=hour, until_ms=day) == [
-            Contributed(owner="", micro_credits=10_400_000, at_ms=hour),
-            Contributed(owner="lab", micro_credits=31_200_000, at_ms=hour + 600),
-            Contributed(owner="lab", micro_credits=10_400_000, at_ms=day - 1),
+        assert await store.credits(since_ms=hour, until_ms=day) == [
+            Credit(owner="", micro_credits=10_400_000, at_ms=hour),
+            Credit(owner="lab", micro_credits=31_200_000, at_ms=hour + 600),
+            Credit(owner="lab", micro_credits=10_400_000, at_ms=day - 1),
         ]
-        assert await store.contributed(since_ms=2 * day, until_ms=3 * day) == []
+        assert await store.credits(since_ms=2 * day, until_ms=3 * day) == []
 
     async def test_absurd_credit_is_stored(self, store: Store, signer: Signer) -> None:
         """The largest receipts that there can be are summed, not refused for their size."""
@@ -349,7 +350,7 @@ class TestReceiptStore:
             by_node_of("b", make_receipt(number, usage=most, ended_ms=0)) for number in range(3)
         ]
         await store.append(make_batch(receipts, signer))
-        [row] = await store.contributed(**ALWAYS)
+        [row] = await store.credits(**ALWAYS)
         assert row.micro_credits == pytest.approx(3 * 2**53)
 
     @settings(

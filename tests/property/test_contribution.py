@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from heapq import heappop, heappush
 from random import Random
 
 import pytest
 
-from anser.core.contribution import HALF_LIFE_S, PLATFORM, Contributions, added_weight, credit
+from anser.core.contribution import (
+    HALF_LIFE_S,
+    PLATFORM,
+    Contributions,
+    Credit,
+    added_weight,
+    credit_of,
+)
 from anser.core.events import (
     Event,
     Finished,
@@ -55,6 +62,10 @@ class World:
             self.tell(Weighed(member=member, weight=weight))
         for node, slots in self.slots.items():
             self.tell(NodeChanged(node=node, slots=slots, models=frozenset({"m"})))
+
+    def give(self, owner: str, micro_credits: int) -> None:
+        """This owner has contributed so much before."""
+        self.contributions.add(Credit(owner=owner, micro_credits=micro_credits, at_ms=0))
 
     def weigh(self) -> None:
         """What the platform does every few seconds."""
@@ -128,9 +139,9 @@ class World:
             ended_ms=int(self.now * 1_000),
             owner=self.owners[start.lease.node],
         )
-        earned = credit(receipt)
-        if earned is not None:
-            self.contributions.add(*earned, self.now * self.haste)
+        credit = credit_of(receipt)
+        if credit is not None:
+            self.contributions.add(replace(credit, at_ms=int(credit.at_ms * self.haste)))
         cost = 1_000_000 * (PROMPT + 4 * usage.completion_tokens)
         self.served[start.request.member.partition("/")[0]] += cost
 
@@ -160,7 +171,7 @@ def test_a_contributor_that_waits_has_what_it_is_promised(seed: int) -> None:
     weights = {f"m{number}": random.choice((500, 1_000, 3_000)) for number in range(5)}
     world = World(seed, {"own": PLATFORM, "x": "m0", "y": "m1"}, weights, public)
     for owner, amount in {PLATFORM: 2, "m0": random.randint(1, 9), "m1": 1}.items():
-        world.contributions.add(owner, amount * 10**15, 0.0)  # what is added meanwhile is little
+        world.give(owner, amount * 10**15)  # what is added meanwhile is little
     parts = world.contributions.parts()
     world.weigh()
     world.run(60.0)
@@ -188,7 +199,7 @@ def test_the_loop_settles(seed: int) -> None:
         weights = {"a": 1_000, "b": 1_000, "c": 1_000}
         haste = HALF_LIFE_S / 100.0
         world = World(seed, {"own": PLATFORM, "x": "a"}, weights, haste=haste)
-        world.contributions.add("a", head_start, 0.0)
+        world.give("a", head_start)
         last: list[float] = []
         for _ in range(40):
             world.served.clear()
@@ -204,8 +215,8 @@ def test_the_loop_settles(seed: int) -> None:
 def test_many_small_members_gain_nothing() -> None:
     """Weight is for the organisation: however many persons ask, together they have its share."""
     world = World(1, {"own": PLATFORM, "x": "a"}, {"a": 1_000, "b": 1_000})
-    world.contributions.add("a", 10**15, 0.0)
-    world.contributions.add(PLATFORM, 10**15, 0.0)
+    world.give("a", 10**15)
+    world.give(PLATFORM, 10**15)
     world.weigh()
     for number in range(200):
         request = Request(

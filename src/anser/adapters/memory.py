@@ -12,12 +12,12 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable
 
-from anser.core.contribution import CREDIT_SPAN_MS, credit
+from anser.core.contribution import CREDIT_SPAN_MS, Credit, credit_of
 from anser.core.errors import Conflict, StoreError
 from anser.core.fleet import Node
 from anser.core.ledger import Outcome, Receipt, Usage
 from anser.core.members import Key, Member
-from anser.ports import Contributed, SignedBatch, StoredReceipt, UsageRow
+from anser.ports import SignedBatch, StoredReceipt, UsageRow
 
 __all__ = ["MemoryClock", "MemoryStore"]
 
@@ -137,19 +137,15 @@ class MemoryStore:
         """The newest receipts first, of `member` and all below it, or of all."""
         return list(self._of(member))[::-1][: max(limit, 0)]
 
-    async def contributed(self, *, since_ms: int, until_ms: int) -> list[Contributed]:
+    async def credits(self, *, since_ms: int, until_ms: int) -> list[Credit]:
         """Sums of credit of receipts ended in [since, until), for each owner and some hours."""
-        groups: dict[tuple[str, int], list[tuple[int, int]]] = defaultdict(list)
+        groups: dict[tuple[str, int], list[Credit]] = defaultdict(list)
         for receipt in self._of(None):
-            earned = credit(receipt)
-            if earned is not None and since_ms <= receipt.ended_ms < until_ms:
-                owner, micro_credits = earned
-                after_ms = receipt.ended_ms - since_ms
-                groups[owner, after_ms // CREDIT_SPAN_MS].append((micro_credits, after_ms))
-        return [
-            _contributed(owner, groups[owner, span], since_ms=since_ms)
-            for owner, span in sorted(groups)
-        ]
+            credit = credit_of(receipt)
+            if credit is not None and since_ms <= credit.at_ms < until_ms:
+                span = (credit.at_ms - since_ms) // CREDIT_SPAN_MS
+                groups[credit.owner, span].append(credit)
+        return [_whole(groups[group]) for group in sorted(groups)]
 
     def _check_writable(self) -> None:
         if self.fault is not None:
@@ -191,7 +187,8 @@ def _sum(receipts: list[Receipt]) -> UsageRow:
     )
 
 
-def _contributed(owner: str, credits: list[tuple[int, int]], *, since_ms: int) -> Contributed:
-    total = sum(earned for earned, _ in credits)
-    mean_ms = sum(earned * after_ms for earned, after_ms in credits) / total
-    return Contributed(owner=owner, micro_credits=total, at_ms=since_ms + round(mean_ms))
+def _whole(credits: list[Credit]) -> Credit:
+    """All of them, at their mean time, by amount."""
+    total = sum(credit.micro_credits for credit in credits)
+    mean_ms = sum(credit.micro_credits * credit.at_ms for credit in credits) / total
+    return Credit(owner=credits[0].owner, micro_credits=total, at_ms=round(mean_ms))

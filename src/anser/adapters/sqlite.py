@@ -18,10 +18,11 @@ from pathlib import Path
 
 from anser.adapters import sqlite_members, sqlite_receipts, sqlite_schema
 from anser.adapters.sqlite_connection import Lane
+from anser.core.contribution import Credit
 from anser.core.fleet import Node
 from anser.core.ledger import Receipt
 from anser.core.members import Key, Member
-from anser.ports import Contributed, SignedBatch, StoredReceipt, UsageRow
+from anser.ports import SignedBatch, StoredReceipt, UsageRow
 
 __all__ = ["SqliteStore"]
 
@@ -113,10 +114,10 @@ class SqliteStore:
         """The newest receipts first, of `member` and all below it, or of all."""
         return await self._reader.call(partial(sqlite_receipts.recent, limit=limit, member=member))
 
-    async def contributed(self, *, since_ms: int, until_ms: int) -> list[Contributed]:
+    async def credits(self, *, since_ms: int, until_ms: int) -> list[Credit]:
         """Sums of credit of receipts ended in [since, until), for each owner and some hours."""
         return await self._reader.call(
-            partial(sqlite_receipts.contributed, since_ms=since_ms, until_ms=until_ms)
+            partial(sqlite_receipts.credits, since_ms=since_ms, until_ms=until_ms)
         )
 
 

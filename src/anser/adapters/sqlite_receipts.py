@@ -12,12 +12,12 @@ from pathlib import Path
 import msgspec
 
 from anser.adapters.sqlite_connection import corrupt, queries, transaction
-from anser.core.contribution import CREDIT_SPAN_MS, credit
+from anser.core.contribution import CREDIT_SPAN_MS, Credit, credit_of
 from anser.core.errors import Conflict, ReceiptError, StoreCorrupt
 from anser.core.ledger import Receipt, receipt_from_json
-from anser.ports import Contributed, SignedBatch, StoredReceipt, UsageRow
+from anser.ports import SignedBatch, StoredReceipt, UsageRow
 
-__all__ = ["append", "contributed", "find", "recent", "usage"]
+__all__ = ["append", "credits", "find", "recent", "usage"]
 
 
 def append(connection: sqlite3.Connection, batch: SignedBatch) -> None:
@@ -97,14 +97,12 @@ def recent(connection: sqlite3.Connection, *, limit: int, member: str | None) ->
     return [_receipt(connection, leaf) for (leaf,) in rows]
 
 
-def contributed(
-    connection: sqlite3.Connection, *, since_ms: int, until_ms: int
-) -> list[Contributed]:
+def credits(connection: sqlite3.Connection, *, since_ms: int, until_ms: int) -> list[Credit]:
     """Sums of credit of receipts ended in [since, until), for each owner and some hours."""
     span = {"since_ms": since_ms, "until_ms": until_ms, "step_ms": CREDIT_SPAN_MS}
-    rows = connection.execute(queries("receipts")["contributed"], span)
+    rows = connection.execute(queries("receipts")["credits"], span)
     return [
-        Contributed(owner=owner, micro_credits=round(earned), at_ms=round(at_ms))
+        Credit(owner=owner, micro_credits=round(earned), at_ms=round(at_ms))
         for owner, earned, at_ms in rows
     ]
 
@@ -134,7 +132,7 @@ def _insert(connection: sqlite3.Connection, batch: SignedBatch) -> None:
 
 def _row(receipt: Receipt, *, leaf: bytes, batch: int, id_: int) -> tuple[object, ...]:
     usage = receipt.usage
-    owner, earned = credit(receipt) or (None, None)
+    credit = credit_of(receipt)
     return (
         id_,
         batch,
@@ -147,8 +145,8 @@ def _row(receipt: Receipt, *, leaf: bytes, batch: int, id_: int) -> tuple[object
         usage.cached_tokens,
         usage.completion_tokens,
         leaf,
-        owner,
-        earned,
+        None if credit is None else credit.owner,
+        None if credit is None else credit.micro_credits,
     )
 
 

@@ -26,25 +26,48 @@ Invariants: no amount is negative; all are of members that gave something that s
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from anser.core.fairness import price
 from anser.core.ledger import INTEGER_MAX, Outcome, Receipt
 from anser.core.members import ancestry
 
-__all__ = ["CREDIT_SPAN_MS", "HALF_LIFE_S", "PLATFORM", "Contributions", "added_weight", "credit"]
+__all__ = [
+    "CREDIT_SPAN_MS",
+    "HALF_LIFE_S",
+    "PLATFORM",
+    "Contributions",
+    "Credit",
+    "added_weight",
+    "credit_of",
+]
 
 HALF_LIFE_S = 7 * 86_400.0
 CREDIT_SPAN_MS = 6 * 3_600_000  # stores may sum so much time: its mean is exact to 1 in 10,000
 PLATFORM = ""  # in the place of a member: the nodes that nobody owns
 _FADED_AFTER = 10.0  # half-lives from one fading of all to the next
+_SET_BACK = 20.0  # half-lives: nothing that still matters is so old, so the clock was wrong
 _NOTHING = 1.0  # micro-credits: less is forgotten
 _WEIGHT_MAX = 2**50  # leaves room to sum a thousand of them exactly in a JSON number's 53 bits
 
 
-def credit(receipt: Receipt) -> tuple[str, int] | None:
-    """Who has earned how many micro-credits by what reached a client; None if nobody anything.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Credit:
+    """What an owner of nodes has earned, in micro-credits, at a Unix time in milliseconds."""
 
-    At most 2^53-1. A node that broke off its answer earns nothing, nor do receipts of before there
-    were owners.
+    owner: str  # an organisation, or PLATFORM
+    micro_credits: int
+    at_ms: int
+
+    def __post_init__(self) -> None:
+        assert self.micro_credits >= 0
+
+
+def credit_of(receipt: Receipt) -> Credit | None:
+    """Who has earned how much by what reached a client; None if nobody anything.
+
+    At most 2^53-1 micro-credits. A node that broke off its answer earns nothing, nor do receipts
+    of before there were owners.
     """
     if receipt.owner is None or receipt.owner == ancestry(receipt.member)[0]:
         return None
@@ -57,7 +80,10 @@ def credit(receipt: Receipt) -> tuple[str, int] | None:
         output=usage.completion_tokens,
         factor_milli=receipt.factor_milli,
     )
-    return (receipt.owner, min(earned, INTEGER_MAX)) if earned else None
+    if not earned:
+        return None
+    micro_credits = min(earned, INTEGER_MAX)
+    return Credit(owner=receipt.owner, micro_credits=micro_credits, at_ms=receipt.ended_ms)
 
 
 def added_weight(part: float, *, awake: int, public_share: float) -> int:
@@ -78,15 +104,16 @@ class Contributions:
         self._amounts: dict[str, float] = {}  # as of `_since`
         self._since: float | None = None
 
-    def add(self, owner: str, micro_credits: int, at: float) -> None:
-        """A node of `owner` served so much to others at `at`; in any order."""
-        assert micro_credits >= 0
+    def add(self, credit: Credit) -> None:
+        """An owner has earned this; in any order."""
+        at = credit.at_ms / 1_000
         if self._since is None:
             self._since = at
-        if at - self._since > _FADED_AFTER * HALF_LIFE_S:
+        ahead = (at - self._since) / HALF_LIFE_S
+        if not -_SET_BACK <= ahead <= _FADED_AFTER:
             self._fade(at)
-        grown: float = micro_credits * 2.0 ** ((at - self._since) / HALF_LIFE_S)
-        self._amounts[owner] = self._amounts.get(owner, 0.0) + grown
+        grown: float = credit.micro_credits * 2.0 ** ((at - self._since) / HALF_LIFE_S)
+        self._amounts[credit.owner] = self._amounts.get(credit.owner, 0.0) + grown
 
     def amount(self, owner: str, at: float) -> float:
         """What of its contribution still counts at `at`, in micro-credits."""

@@ -154,7 +154,7 @@ def receipt_json(receipt: Receipt) -> dict[str, object]:
 
 def receipt_from_json(value: object) -> Receipt:
     """Read a receipt from plain JSON values; ReceiptError names the first field that is wrong."""
-    owned = isinstance(value, dict) and not _OWNER_KEYS.isdisjoint(cast("dict[str, object]", value))
+    owned = _notes_owner(value)
     keys = _RECEIPT_KEYS | _OWNER_KEYS if owned else _RECEIPT_KEYS
     fields = read_object(value, keys=keys, where="receipt")
     leases = fields["leases"]
@@ -254,6 +254,10 @@ def _read_outcome(fields: dict[str, object]) -> Outcome:
         return Outcome(fields["outcome"])
     except ValueError:
         raise ReceiptError("receipt.outcome is not an outcome.") from None
+
+
+def _notes_owner(value: object) -> bool:
+    return isinstance(value, dict) and bool(_OWNER_KEYS & cast("dict[str, object]", value).keys())
 
 
 def _read_factor(fields: dict[str, object]) -> int:

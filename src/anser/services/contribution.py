@@ -17,7 +17,7 @@ import asyncio
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from anser.core.contribution import HALF_LIFE_S, Contributions, added_weight, credit
+from anser.core.contribution import HALF_LIFE_S, Contributions, added_weight, credit_of
 from anser.core.ledger import Receipt
 from anser.core.scheduler import Scheduler
 from anser.ports import Clock
@@ -65,8 +65,8 @@ class Contribution:
         for days in reversed(range(-1, _DAYS)):  # the clock may have been set back
             since_ms = max(0, now_ms - (days + 1) * _DAY_MS)
             until_ms = max(0, now_ms - days * _DAY_MS)
-            for row in await self.ledger.contributed(since_ms=since_ms, until_ms=until_ms):
-                self._contributions.add(row.owner, row.micro_credits, row.at_ms / 1_000)
+            for credit in await self.ledger.credits(since_ms=since_ms, until_ms=until_ms):
+                self._contributions.add(credit)
         self.weigh()
 
     async def run(self) -> None:
@@ -99,6 +99,6 @@ class Contribution:
         return not added or abs(added - before) > _NOTICED * self.members.weight(member)
 
     def _count(self, receipt: Receipt) -> None:
-        earned = credit(receipt)
-        if earned is not None:
-            self._contributions.add(*earned, receipt.ended_ms / 1_000)
+        credit = credit_of(receipt)
+        if credit is not None:
+            self._contributions.add(credit)

@@ -35,6 +35,7 @@ import anyio
 import structlog
 
 from anser.core import limits, tlog
+from anser.core.contribution import Credit
 from anser.core.errors import (
     AnserError,
     Conflict,
@@ -46,7 +47,7 @@ from anser.core.errors import (
     StoreError,
 )
 from anser.core.ledger import Receipt, batch_message
-from anser.ports import Clock, Contributed, ReceiptStore, SignedBatch, Signer, UsageRow
+from anser.ports import Clock, ReceiptStore, SignedBatch, Signer, UsageRow
 from anser.services.receipt_file import canonical, document_of, leaf_of, verify
 
 __all__ = ["Ledger", "verify"]
@@ -190,9 +191,9 @@ class Ledger:
         """The newest receipts first, of `member` and all below it, or of all."""
         return await self._store.recent(limit=limit, member=member)
 
-    async def contributed(self, *, since_ms: int, until_ms: int) -> list[Contributed]:
+    async def credits(self, *, since_ms: int, until_ms: int) -> list[Credit]:
         """What owners of nodes earned by receipts ended in [since, until), by pieces of time."""
-        return await self._store.contributed(since_ms=since_ms, until_ms=until_ms)
+        return await self._store.credits(since_ms=since_ms, until_ms=until_ms)
 
     def _accept(self, receipt: Receipt) -> _Pending:
         try:

@@ -110,7 +110,7 @@ WHERE id IN (
 )
 ORDER BY id DESC;
 
--- name: contributed
+-- name: credits
 -- One row for each owner and span of `step_ms`; its time is the mean, weighted by the credit.
 SELECT
     owner,
