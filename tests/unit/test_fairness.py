@@ -139,6 +139,17 @@ def test_nothing_waits_for_nothing() -> None:
     assert pool.first("k") is None
 
 
+def test_the_weight_of_who_is_awake() -> None:
+    """Of one while it is awake, or of all organisations; who was never here has none."""
+    pool = Pool()
+    pool.shares.weigh("a", 3_000)
+    assert [pool.shares.awake_weight(name) for name in (None, "a")] == [0, 0]
+    pool.wait("a/p")
+    pool.wait("b")
+    weights = [pool.shares.awake_weight(name) for name in (None, "a", "a/p", "b", "c")]
+    assert weights == [4_000, 3_000, 1_000, 1_000, 0]
+
+
 def test_fairness_holds_at_each_level() -> None:
     """Two persons of one project share what one person of another organisation has alone."""
     pool = Pool()
