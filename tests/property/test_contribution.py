@@ -170,8 +170,8 @@ def test_a_contributor_that_waits_has_what_it_is_promised(seed: int) -> None:
     public = random.choice((0.1, 0.3, 0.6))
     weights = {f"m{number}": random.choice((500, 1_000, 3_000)) for number in range(5)}
     world = World(seed, {"own": PLATFORM, "x": "m0", "y": "m1"}, weights, public)
-    for owner, amount in {PLATFORM: 2, "m0": random.randint(1, 9), "m1": 1}.items():
-        world.give(owner, amount * 10**15)  # what is added meanwhile is little
+    world.give("m0", random.randint(1, 9) * 10**15)
+    world.give("m1", 10**15)  # nothing is the platform's: the guarantee is all that there is
     parts = world.contributions.parts()
     world.weigh()
     world.run(60.0)
@@ -180,9 +180,8 @@ def test_a_contributor_that_waits_has_what_it_is_promised(seed: int) -> None:
     total, base = sum(world.served.values()), sum(weights.values())
     for member, weight in weights.items():
         promised = (1 - public) * parts.get(member, 0.0) + public * weight / base
-        slack = world.slack(member)
-        assert slack < total / 3
-        assert world.served[member] >= promised * total - slack, member
+        assert world.served[member] >= promised * total - world.slack(member), member
+        assert world.served[member] >= (promised - 0.02) * total, "it is far below its bound"
         if member in parts:
             assert world.served[member] >= (1 - public) * parts[member] * total
 
