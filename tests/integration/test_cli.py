@@ -146,6 +146,14 @@ def test_nodes_without_a_platform(data_dir: Path) -> None:
     assert added["error"]
     assert Path(added["key_file"]).is_absolute()
     assert Path(added["key_file"]).samefile(key_file)
+    assert added["member"] is None
+    stranger = failure("node", "add", "http://127.0.0.1:8", "--member", "lab", *at)
+    assert "anser member add lab" in stranger
+    told("member", "add", "lab", *at)
+    lent = told("node", "add", "http://127.0.0.1:8", "--member", "lab", *at)
+    assert lent["member"] == "lab"
+    assert "lab" in anser("node", "list", *at).stdout
+    told("node", "remove", lent["id"], *at)
     assert told("node", "drain", "gpu-1", *at)["state"] in ("draining", "down")
     assert [row["id"] for row in told("node", "list", *at)["nodes"]] == ["gpu-1"]
     shown = anser("node", "list", *at).stdout
