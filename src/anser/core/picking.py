@@ -27,7 +27,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import islice
 
-from anser.core.account import Account, Place
+from anser.core.account import Leaf, Place
 from anser.core.bands import Bands
 from anser.core.events import Rule, Why
 from anser.core.fairness import Shares
@@ -136,7 +136,7 @@ class Picker:
         return [node for node in nodes if light or not self.is_closed(node)]
 
     def _finish_s(self, job: Job, node: NodeSlots) -> float:
-        output = min(job.account.output.value, job.request.output_tokens_max)
+        output = min(job.account.output_tokens.value, job.request.output_tokens_max)
         reading_s = node.pace.read_s(node.reading + job.fresh_on(node))
         return reading_s + output / node.pace.decode_tokens_s.value
 
@@ -158,7 +158,7 @@ class Picker:
         return node.id in lane.supply.nodes and lane.open_to(node)
 
     @staticmethod
-    def _why(rule: Rule, job: Job, first: Account, gain: int, rivals: int) -> Why:
+    def _why(rule: Rule, job: Job, first: Leaf, gain: int, rivals: int) -> Why:
         pool = job.lane.pool
         return Why(
             rule=rule,

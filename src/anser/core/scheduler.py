@@ -136,9 +136,9 @@ class Scheduler:
         None where nothing waits, or it is in several: then a key says what others served it, too.
         """
         account = self._shares.find(member)
-        if account is None or not account.lanes or len(account.bases) != 1:
+        if account is None or not account.lanes or len(account.stands) != 1:
             return None
-        [pool] = account.bases
+        [pool] = account.stands
         return pool, account.key_in(pool)
 
     def handle(self, event: Event, now: float) -> list[Decision]:
@@ -334,7 +334,7 @@ class Scheduler:
             self._index.learn(node.id, predicted=job.cached, found=usage.cached_tokens)
         if job.cancelled or not usage.completion_tokens:
             return
-        job.account.output.observe(usage.completion_tokens)
+        job.account.output_tokens.observe(usage.completion_tokens)
         if job.first_at is not None:
             node.pace.ended(
                 tokens=usage.completion_tokens - 1,
