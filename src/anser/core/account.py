@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from typing import Any, Generic, TypeAlias, TypeVar
 
 from anser.core.heap import Heap
-from anser.core.pace import Smooth
+from anser.core.pace import smoothed
 from anser.core.slots import Lane
 from anser.core.virtual import Pool, Virtual
 
@@ -90,6 +90,8 @@ class Queue(Heap[Place]):
             assert all(place.homes == homes for place in heap)
 
 
+_NO_LANES: dict[Lane, Queue] = {}  # of all leaves in which nothing waits; nothing is put in it
+
 _Heap = TypeVar("_Heap", bound=Heap[Any])
 
 
@@ -102,7 +104,6 @@ class Account(Generic[_Heap]):
     parent: Branch | None
     weight: int
     path: tuple[tuple[Node, Branch], ...] = ()  # (account, parent), from the organisation on
-    measure: int = 0  # micro-credits per share: all service, each by the weight of its time
     service: int = 0  # micro-credits since the account was opened
     carried: int = 0  # of the measure, by former weights
     carried_service: int = 0  # of the service, by former weights
@@ -111,6 +112,12 @@ class Account(Generic[_Heap]):
     queued: int = 0
     running: int = 0
     awake: bool = False  # waits, runs, or did so a moment ago
+
+    @property
+    def measure(self) -> int:
+        """All service, each by the weight of its time, in micro-credits per share."""
+        by_weight = (self.service - self.carried_service) * _WEIGHT // self.weight
+        return self.carried + by_weight
 
     def key_in(self, pool: Pool, /) -> int:
         """Where it stands among its siblings in a pool in which it has something to do."""
@@ -145,9 +152,8 @@ class Account(Generic[_Heap]):
         key there below the ceiling only, and a key at its ceiling stays when something is given
         back: when that was charged, it was not counted.
         """
-        former, self.service = self.measure, self.service + micro_credits
-        by_weight = (self.service - self.carried_service) * _WEIGHT // self.weight
-        self.measure = self.carried + by_weight
+        former = self.measure
+        self.service += micro_credits
         grown = self.measure - former
         for other, stand in self.stands.items():
             if other is pool:
@@ -235,7 +241,34 @@ class Branch(Account[Heap["Node"]]):
 class Leaf(Account[Queue]):
     """The account in which a member's own requests wait."""
 
-    output_tokens: Smooth = field(default_factory=lambda: Smooth(_OUTPUT_TOKENS))  # of its answers
+    lanes: dict[Lane, Queue] = field(default_factory=lambda: _NO_LANES)
+    answer_tokens: float | None = None  # of its answers, smoothed; None until there was one
+
+    @property
+    def output_tokens(self) -> float:
+        """How long its next answer is likely to be."""
+        return _OUTPUT_TOKENS if self.answer_tokens is None else self.answer_tokens
+
+    def enqueue(self, place: Place) -> None:
+        """Let a request of its own wait."""
+        if not self.lanes:
+            self.lanes = {}
+        queue = self.lanes.get(place.lane)
+        if queue is None:
+            queue = self.lanes[place.lane] = Queue(place.lane.pool)
+        queue.add(place)
+
+    def dequeue(self, place: Place) -> None:
+        """Let it wait no longer."""
+        queue = self.lanes[place.lane]
+        queue.discard(place)
+        if not queue:
+            del self.lanes[place.lane]
+            self.lanes = self.lanes or _NO_LANES
+
+    def answered(self, tokens: int) -> None:
+        """An answer of so many tokens has ended."""
+        self.answer_tokens = smoothed(self.answer_tokens, tokens)
 
     def choice(
         self, lanes: Sequence[Lane], bit: int, *, oldest_first: Callable[[Place], bool]

@@ -48,7 +48,7 @@ from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from anser.core.account import Branch, Leaf, Node, Place, Queue, Stand
+from anser.core.account import Branch, Leaf, Node, Place, Stand
 from anser.core.heap import Heap
 from anser.core.members import ancestry
 from anser.core.slots import Lane, Moved
@@ -188,9 +188,7 @@ class Shares:
     def enqueue(self, place: Place) -> None:
         """Let an arrived request wait."""
         leaf, lane = place.account, place.lane
-        if lane not in leaf.lanes:
-            leaf.lanes[lane] = Queue(lane.pool)
-        leaf.lanes[lane].add(place)
+        leaf.enqueue(place)
         self._root.queued += 1
         for account, parent in leaf.path:
             account.queued += 1
@@ -203,10 +201,7 @@ class Shares:
     def dequeue(self, place: Place) -> None:
         """Let a request wait no longer, because it starts or is not wanted any more."""
         leaf, lane = place.account, place.lane
-        queue = leaf.lanes[lane]
-        queue.discard(place)
-        if not queue:
-            del leaf.lanes[lane]
+        leaf.dequeue(place)
         self._root.queued -= 1
         for account, parent in reversed(leaf.path):
             account.queued -= 1
@@ -426,8 +421,6 @@ def _below(account: Node) -> Iterator[Node]:
 
 def _validate(account: Node) -> None:
     if account.parent is not None:
-        by_weight = (account.service - account.carried_service) * _WEIGHT // account.weight
-        assert account.measure == account.carried + by_weight
         assert {lane.pool for lane in account.lanes} <= account.stands.keys()
     assert account.queued >= 0
     assert account.running >= 0

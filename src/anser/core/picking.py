@@ -136,7 +136,7 @@ class Picker:
         return [node for node in nodes if light or not self.is_closed(node)]
 
     def _finish_s(self, job: Job, node: NodeSlots) -> float:
-        output = min(job.account.output_tokens.value, job.request.output_tokens_max)
+        output = min(job.account.output_tokens, job.request.output_tokens_max)
         reading_s = node.pace.read_s(node.reading + job.fresh_on(node))
         return reading_s + output / node.pace.decode_tokens_s.value
 

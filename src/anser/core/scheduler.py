@@ -334,7 +334,7 @@ class Scheduler:
             self._index.learn(node.id, predicted=job.cached, found=usage.cached_tokens)
         if job.cancelled or not usage.completion_tokens:
             return
-        job.account.output_tokens.observe(usage.completion_tokens)
+        job.account.answered(usage.completion_tokens)
         if job.first_at is not None:
             node.pace.ended(
                 tokens=usage.completion_tokens - 1,
