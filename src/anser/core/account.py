@@ -54,6 +54,10 @@ class Stand:
     key: int
     ceiling: int  # what other pools serve it puts it no further ahead than this
 
+    def limit(self, ceiling: int) -> None:
+        """From now on, let this be its ceiling, or its key where that is ahead already."""
+        self.ceiling = max(self.key, ceiling)
+
 
 class Queue(Heap[Place]):
     """What waits in one lane of a leaf, also by the nodes that have its beginning."""
@@ -131,15 +135,10 @@ class Account(Generic[_Heap]):
         """Let its key in this pool be `level`, or what it is if that is more."""
         stand = self.stands.get(pool)
         if stand is None:
-            self.stands[pool] = stand = Stand(level, ceiling)
-        elif stand.key < level:
-            stand.key = level
-        stand.ceiling = max(stand.key, ceiling)
-
-    def limit(self, pool: Pool, ceiling: int) -> None:
-        """From now on, what other pools serve it puts it no further ahead than this."""
-        stand = self.stands[pool]
-        stand.ceiling = max(ceiling, stand.key)
+            self.stands[pool] = Stand(level, max(level, ceiling))
+            return
+        stand.key = max(stand.key, level)
+        stand.limit(ceiling)
 
     def leave(self, pool: Pool) -> None:
         """It has nothing to do in this pool, and stands there as a newcomer does."""
@@ -152,9 +151,9 @@ class Account(Generic[_Heap]):
         key there below the ceiling only, and a key at its ceiling stays when something is given
         back: when that was charged, it was not counted.
         """
-        former = self.measure
+        by_weight, weight = self.service - self.carried_service, self.weight
+        grown = (by_weight + micro_credits) * _WEIGHT // weight - by_weight * _WEIGHT // weight
         self.service += micro_credits
-        grown = self.measure - former
         for other, stand in self.stands.items():
             if other is pool:
                 stand.key += grown
@@ -230,9 +229,10 @@ class Branch(Account[Heap["Node"]]):
 
     def level(self, pool: Pool) -> int:
         """The key to which a child is lifted that begins to wait in this pool."""
-        lanes = [lane for lane in self.lanes if lane.pool is pool]
-        if lanes:
-            return _least(self.lanes, lanes).key_in(pool)
+        if self.lanes:
+            lanes = [lane for lane in self.lanes if lane.pool is pool]
+            if lanes:
+                return _least(self.lanes, lanes).key_in(pool)
         virtual = self.virtual.get(pool)
         return 0 if virtual is None else virtual.now
 

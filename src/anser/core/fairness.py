@@ -243,8 +243,9 @@ class Shares:
             virtual = parent.virtual.get(pool)
             if virtual is None:
                 virtual = parent.virtual[pool] = Virtual()
-            virtual.advance(account.key_in(pool), now)
-            account.limit(pool, virtual.reach)
+            stand = account.stands[pool]
+            virtual.advance(stand.key, now)
+            stand.limit(virtual.reach)
             if pool in parent.idle:
                 self._sweep(parent, pool)
 

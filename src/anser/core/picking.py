@@ -26,6 +26,7 @@ import heapq
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import islice
+from math import inf
 
 from anser.core.account import Leaf, Place
 from anser.core.bands import Bands
@@ -115,7 +116,7 @@ class Picker:
         nodes = self._open_nodes(job, light=light)
         if not nodes:
             return None
-        node = nodes[0] if len(nodes) == 1 else min(nodes, key=lambda n: self._finish_s(job, n))
+        node = nodes[0] if len(nodes) == 1 else self._quickest(job, nodes)
         return None if light and self._holds(job, node, now) else node
 
     def released(self, now: float) -> list[Job]:
@@ -129,16 +130,26 @@ class Picker:
         free = self.slots.freest(job.lane)
         if not self.rules.nearest:
             return list(islice(free, 1))
-        nodes = dict.fromkeys(islice(free, _FREE_NODES_MAX))
+        nodes = list(islice(free, _FREE_NODES_MAX))
         if job.homes and nodes:
             homes = self.slots.with_bits(job.homes)
-            nodes |= {n: None for n in homes if n.free and self._serves(n, job.lane)}
-        return [node for node in nodes if light or not self.is_closed(node)]
+            nodes += [n for n in homes if n.free and n not in nodes and self._serves(n, job.lane)]
+        return nodes if light else [node for node in nodes if not self.is_closed(node)]
 
-    def _finish_s(self, job: Job, node: NodeSlots) -> float:
+    @staticmethod
+    def _quickest(job: Job, nodes: list[NodeSlots]) -> NodeSlots:
+        """The node on which `job` is likely to end first; between equals the first of them."""
         output = min(job.account.output_tokens, job.request.output_tokens_max)
-        reading_s = node.pace.read_s(node.reading + job.fresh_on(node))
-        return reading_s + output / node.pace.decode_tokens_s.value
+        prompt, homes, hit = job.request.prompt_tokens, job.homes, job.hit
+        quickest, least_s = nodes[0], inf
+        for node in nodes:
+            fresh = prompt - hit if homes & node.bit else prompt
+            pace = node.pace
+            reading_s = (node.reading + fresh) / pace.prefill_tokens_s.value
+            finish_s = reading_s + output / pace.decode_tokens_s.value
+            if finish_s < least_s:
+                quickest, least_s = node, finish_s
+        return quickest
 
     def _holds(self, job: Job, node: NodeSlots, now: float) -> bool:
         """Whether `job` rather waits for a home of its beginning than to start on `node`."""
