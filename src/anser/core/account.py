@@ -216,7 +216,7 @@ class Branch(Account[Heap["Node"]]):
         found: dict[Node, None] = {least: None}
         for lane in lanes:
             heap = self.lanes.get(lane)
-            if heap is not None:
+            if heap is not None and (len(heap) > 1 or least not in heap):
                 found.update(dict.fromkeys(heap.upto(limit, most)))
         if len(found) == 1:
             return [least]
@@ -313,8 +313,8 @@ _Item = TypeVar("_Item", Node, Place)
 
 def _least(heaps: Mapping[Lane, Heap[_Item]], lanes: Sequence[Lane]) -> _Item:
     """The least of what waits in one of `lanes`, all of one pool; something does."""
+    if len(lanes) == 1:
+        return heaps[lanes[0]].least()
     items = [heap.least() for lane in lanes if (heap := heaps.get(lane)) is not None]
-    if len(items) == 1:
-        return items[0]
     pool = lanes[0].pool
     return min(items, key=lambda item: item.key_in(pool))

@@ -53,11 +53,11 @@ class Picker:
 
     def is_light(self, job: Job, *, more: int = 0) -> bool:
         """Whether what its member has in flight is within its share of the slots for its model."""
-        if job.lane.batch:
-            return False
-        leaf = job.account
+        return not job.lane.batch and self._is_within(job.account, job.lane.supply.slots, more)
+
+    def _is_within(self, leaf: Leaf, slots: int, more: int = 0) -> bool:
         in_flight = leaf.queued + leaf.running + more
-        return in_flight <= 1 or in_flight <= self.shares.share(leaf) * job.lane.supply.slots
+        return in_flight <= 1 or in_flight <= self.shares.share(leaf) * slots
 
     def is_closed(self, node: NodeSlots) -> bool:
         """Whether only light members may have a slot of this node now."""
@@ -84,11 +84,14 @@ class Picker:
     def _next(self, node: NodeSlots, lanes: list[Lane], now: float) -> tuple[Job, Why] | None:
         closed, best, gain_most, first, rivals = self.is_closed(node), None, 0, None, 0
         rules, impatient = self.rules, self._impatient(now)
+        slots_most = max((lane.supply.slots for lane in lanes), default=0)
         for leaf in self.shares.window(lanes, window=rules.window, most=rules.candidates):
-            place, gain = leaf.choice(lanes, node.bit, oldest_first=impatient)
-            assert isinstance(place, Job)
             first = leaf if first is None else first
             rivals += 1
+            if closed and not self._is_within(leaf, slots_most):
+                continue  # whatever it has here is not light
+            place, gain = leaf.choice(lanes, node.bit, oldest_first=impatient)
+            assert isinstance(place, Job)
             if rules.light_first and self.is_light(place):
                 if not self._holds(place, node, now):
                     _pass_over(place, lanes)

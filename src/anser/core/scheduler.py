@@ -389,7 +389,7 @@ class Scheduler:
             decisions: list[Decision] = [self._push_out(job)]
         else:
             decisions = [] if node is None else self._fill(node)
-        if job.node is None and node is not None:
+        if decisions and node is not None and job.node is None:
             self._looked_at = -inf  # that slot was another's; there may be more
         return decisions
 
