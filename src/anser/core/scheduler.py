@@ -63,7 +63,7 @@ from anser.core.fairness import Shares, Standing, price
 from anser.core.job import Job
 from anser.core.ledger import Usage
 from anser.core.picking import Picker
-from anser.core.prefix import PrefixIndex
+from anser.core.prefix import BLOCK_TOKENS, PrefixIndex
 from anser.core.rules import DESIGN, Rules
 from anser.core.slots import NodeSlots, Slots
 from anser.core.virtual import Pool
@@ -193,6 +193,8 @@ class Scheduler:
             case Cancelled():
                 return self._cancel(event.request)
             case NodeChanged():
+                if event.slots and event.cache_tokens is not None:
+                    self._index.resize(event.node, event.cache_tokens // BLOCK_TOKENS)
                 return self._change(event.node, event.slots, event.models)
             case NodeGone():
                 self._index.drop(event.node)
