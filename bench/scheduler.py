@@ -46,6 +46,7 @@ class _Pool:
     leases: list[Start] = field(default_factory=list[Start])
     unread: list[Start] = field(default_factory=list[Start])
     now: float = 0.0
+    step_s: float = 0.001  # from one event to the next
     numbers: Iterator[int] = field(default_factory=count)
 
     def __post_init__(self) -> None:
@@ -54,7 +55,7 @@ class _Pool:
 
     def tell(self, event: Event) -> None:
         """One thing happens."""
-        self.now += 0.001
+        self.now += self.step_s
         for decision in self.policy.handle(event, self.now):
             if isinstance(decision, Start):
                 self.leases.append(decision)
@@ -63,7 +64,6 @@ class _Pool:
     def read(self) -> None:
         """What has started has its first token, or its node would be closed to more of its kind."""
         while self.unread:
-            self.now += 0.001
             self.tell(Progressed(lease=self.unread.pop().lease.id, tokens=1))
 
     def request(self, member: int) -> Request:
@@ -101,6 +101,13 @@ class _Pool:
                 break
             self.tell(Submitted(request=self.request(number % self.members)))
             self.read()
+
+    def serve(self, members: range) -> None:
+        """Each of them has one answer, one after the other."""
+        for member in members:
+            self.tell(Submitted(request=self.request(member)))
+            self.tell(self.finished(self.leases.pop()))
+            self.unread.clear()
 
     def us(self, events: int) -> float:
         """Microseconds of CPU for a request that comes and a lease that ends."""
@@ -155,21 +162,16 @@ def _crowded(members: int, nodes: int, events: int) -> _Pool:
 
 def _idle_bytes(members: int) -> tuple[float, float]:
     """Bytes for a member that was served a moment ago, and for one that was long ago."""
-    pool = _Pool(members, nodes=64, blocks=0)
-    for member in range(1_000):
-        pool.tell(Submitted(request=pool.request(member)))
-        pool.tell(pool.finished(pool.leases.pop()))
+    pool = _Pool(members, nodes=64, blocks=0, step_s=0.0)  # all of them a moment ago
+    pool.serve(range(1_000))
     tracemalloc.start()
     try:
         before = tracemalloc.get_traced_memory()[0]
-        for member in range(1_000, members):
-            pool.tell(Submitted(request=pool.request(member)))
-            pool.tell(pool.finished(pool.leases.pop()))
+        pool.serve(range(1_000, members))
+        gc.collect()
         soon = tracemalloc.get_traced_memory()[0] - before
         pool.now += 3_600
-        for member in range(200):
-            pool.tell(Submitted(request=pool.request(member)))
-            pool.tell(pool.finished(pool.leases.pop()))
+        pool.serve(range(200))
         gc.collect()
         late = tracemalloc.get_traced_memory()[0] - before
     finally:

@@ -306,7 +306,9 @@ class Loading:
         if not self.ready:
             raise EngineUnreachable("The model still loads.")
         model = ServedModel(name="own", context_tokens=4_096)
-        return EngineReport(kind=EngineKind.LLAMACPP, version="1", models=(model,), slots=4)
+        return EngineReport(
+            kind=EngineKind.LLAMACPP, version="1", models=(model,), slots=4, cache_tokens=9_000
+        )
 
     async def aclose(self) -> None:
         """Release everything."""
@@ -327,6 +329,7 @@ async def test_the_engine_of_this_process() -> None:
         assert fleet.models()["own"][0].engine is EngineKind.LLAMACPP
         loading.ready = True
         await watcher.until("builtin", 2)
+        assert watcher.told[-1].cache_tokens == 9_000
         assert fleet.models()["own"][0].context_tokens == 4_096
         await fleet.drain("builtin")
         assert watcher.slots("builtin") == 0

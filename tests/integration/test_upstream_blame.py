@@ -179,6 +179,25 @@ async def test_questions_that_an_engine_does_not_know() -> None:
         assert repr(engine).startswith("<HttpEngine openai ")
 
 
+async def test_an_engine_that_tells_in_metrics() -> None:
+    """Metrics are no JSON, and read all the same."""
+
+    async def told(talk: Talk) -> None:
+        while True:
+            seen = await talk.request()
+            if seen.path == "/v1/models":
+                await talk.say(answer(b'{"data": [{"id": "m", "owned_by": "vllm"}]}'))
+            elif seen.path == "/metrics":
+                line = b'vllm:cache_config_info{block_size="16",num_gpu_blocks="90"} 1.0\n\xff'
+                await talk.say(answer(line, kind="text/plain; version=0.0.4"))
+            else:
+                await talk.say(answer(b"{}"))
+
+    async with engine_for(told) as (_, engine):
+        report = await engine.inspect()
+        assert (report.kind, report.cache_tokens) == (EngineKind.VLLM, 1_440)
+
+
 async def test_an_engine_without_a_list() -> None:
     """Where there is no list of models, the engine's own account of itself serves."""
 

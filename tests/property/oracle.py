@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from fractions import Fraction
 
-from anser.core.account import Account
+from anser.core.account import Branch, Node
 from anser.core.events import (
     Abort,
     Cancelled,
@@ -152,7 +152,7 @@ class Oracle:
         account, books = dict(_accounts(scheduler))[path], self.books[path]
         supplies = scheduler._slots._supplies.items()
         names = {supply.pool: self.pools.cells[model].pool for model, supply in supplies}
-        real = {names[pool]: account.key_in(pool) for pool in account.bases}
+        real = {names[pool]: account.key_in(pool) for pool in account.stands}
         for pool in books.bases.keys() - real.keys():
             assert not self.waits(path, pool)
             assert books.key(pool) <= self.level(path[:-1], pool)
@@ -421,15 +421,16 @@ def price(usage: Usage, job: Job) -> int:
     return int(exact)
 
 
-def _accounts(scheduler: Scheduler) -> list[tuple[Path, Account]]:
+def _accounts(scheduler: Scheduler) -> list[tuple[Path, Node]]:
     """All accounts with their paths, as the oracle names them."""
-    found: list[tuple[Path, Account]] = []
+    found: list[tuple[Path, Node]] = []
 
-    def walk(account: Account, path: Path) -> None:
-        for name, child in account.children.items():
+    def walk(branch: Branch, path: Path) -> None:
+        for name, child in branch.children.items():
             below = (*path, name or f"{path[-1]} itself")
             found.append((below, child))
-            walk(child, below)
+            if isinstance(child, Branch):
+                walk(child, below)
 
     walk(scheduler._shares._root, ())
     return found

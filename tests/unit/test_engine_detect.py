@@ -60,7 +60,37 @@ async def test_vllm() -> None:
     assert [(m.name, m.context_tokens, m.ability) for m in report.models] == [
         ("qwen", 32_768, Ability.BOTH)
     ]
-    assert asked == ["/version"]
+    assert asked == ["/version", "/metrics"]
+    assert report.cache_tokens is None
+
+
+def metrics(**labels: object) -> str:
+    told = ",".join(f'{name}="{value}"' for name, value in labels.items())
+    return (
+        "# TYPE vllm:num_requests_running gauge\nvllm:num_requests_running 0.0\n"
+        f"# TYPE vllm:cache_config_info gauge\nvllm:cache_config_info{{{told}}} 1.0\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("told", "tokens"),
+    [
+        (metrics(block_size=16, cache_dtype="auto", num_gpu_blocks=9_271), 16 * 9_271),
+        (metrics(block_size=16, num_gpu_blocks=10) + metrics(block_size=16, num_gpu_blocks=5), 240),
+        (metrics(block_size=16, num_gpu_blocks=10, enable_prefix_caching=False), 0),
+        (metrics(block_size=16, num_gpu_blocks=None), None),  # before 0.8.5 it did not know
+        (metrics(block_size="²", num_gpu_blocks=10), None),
+        (metrics(block_size="9" * 5_000, num_gpu_blocks=1), None),
+        (metrics(block_size="9" * 500, num_gpu_blocks="9" * 500), 2**40),
+        ("vllm:cache_config_info{", None),
+        ({"detail": "Not Found"}, None),
+    ],
+)
+async def test_vllm_tells_its_cache_in_its_metrics(told: object, tokens: int | None) -> None:
+    """Blocks times their size, of all its processes; nothing where it keeps none or says none."""
+    listed = models("qwen", owned_by="vllm")
+    report, _ = await found(listed, {"/metrics": told})
+    assert report.cache_tokens == tokens
 
 
 async def test_sglang() -> None:
@@ -77,6 +107,11 @@ async def test_sglang() -> None:
     assert (report.slots, report.models[0].ability) == (16, Ability.EMBEDDINGS)
     report, _ = await found(listed, {"/server_info": effective})
     assert report.models[0].ability is Ability.BOTH
+    info = {"max_total_num_tokens": 161_721, "disable_radix_cache": False}
+    report, _ = await found(listed, {"/server_info": info})
+    assert report.cache_tokens == 161_721
+    report, _ = await found(listed, {"/server_info": {**info, "disable_radix_cache": True}})
+    assert report.cache_tokens == 0
 
 
 async def test_llamacpp() -> None:

@@ -438,7 +438,7 @@ def test_reprs_tell_the_state_in_a_line() -> None:
     pool = Pool()
     place = pool.wait("a/p/x")
     assert repr(pool.shares) == "<Shares 1 queued 0 running 1 leaves>"
-    assert repr(place.account) == "<Account a/p/x 0 had 1 queued 0 running>"
+    assert repr(place.account) == "<Leaf a/p/x 0 had 1 queued 0 running>"
 
 
 def test_validate_finds_a_wrong_count() -> None:

@@ -115,14 +115,29 @@ def test_a_node_that_goes_takes_its_blocks_along() -> None:
 # How much a node keeps
 
 
-def test_what_the_engine_says_is_not_learnt() -> None:
-    """A size that was told stays; a smaller one forgets at once."""
+def test_an_engine_has_no_more_than_it_says() -> None:
+    """A smaller size forgets at once; what is learnt stays below, and outlives a repetition."""
     index = PrefixIndex()
-    index.add("n", blocks(*"ab" * 40))
-    index.resize("n", 70)
-    assert (len(index), index.capacity("n")) == (70, 70)
+    index.add("n", blocks(*"ab" * 80))
+    index.resize("n", 150)
+    assert (len(index), index.capacity("n")) == (150, 150)
+    index.learn("n", predicted=100, found=100)
+    assert index.capacity("n") == 150
     index.learn("n", predicted=100, found=0)
-    assert index.capacity("n") == 70
+    index.resize("n", 150)
+    assert index.capacity("n") == 120
+    index.validate()
+
+
+def test_an_engine_that_keeps_nothing() -> None:
+    """Nothing is expected in a cache that is switched off."""
+    index = PrefixIndex()
+    index.resize("n", 0)
+    index.add("n", blocks("a", "b"))
+    assert index.known("n", blocks("a", "b")) == len(index) == 0
+    index.learn("n", predicted=100, found=0)
+    assert index.capacity("n") == 0
+    index.validate()
 
 
 def test_an_engine_that_has_forgotten_gets_less() -> None:

@@ -106,6 +106,23 @@ def names(word: str, blocks: int = 8) -> Chain:
 # Locality
 
 
+def test_an_engine_that_keeps_nothing_has_no_beginnings() -> None:
+    """What an engine tells of its cache is as much as is expected there."""
+    pool = Pool()
+    models = frozenset(("m",))
+    for node, slots, cache_tokens in (("n1", 4, 0), ("n2", 4, 8 * 64), ("n1", 0, 64)):
+        change = NodeChanged(node=node, slots=slots, models=models, cache_tokens=cache_tokens)
+        pool.handle(change)
+    (first,) = pool.ask("r1", chain=names("a"), prompt=800)
+    pool.end("r1")
+    (second,) = pool.ask("r2", chain=names("a"), prompt=800)
+    assert (first, second) == ("r1 n2", "r2 n2")
+    assert pool.starts["r2"].why.cached_tokens == 800
+    pool.handle(NodeChanged(node="n2", slots=4, models=models, cache_tokens=0))
+    pool.ask("r3", chain=names("a"), prompt=800)
+    assert pool.starts["r3"].why.cached_tokens == 0
+
+
 def test_a_request_goes_where_its_beginning_is() -> None:
     """Of free slots, the one on the node that has read the prompt before."""
     pool = Pool()

@@ -9,11 +9,13 @@ strangers' JSON: of any shape, and read with care.
 
 Where it is written: vLLM and SGLang give `max_model_len` in the list; llama.cpp tells slots and
 context in /props; Ollama's effective context is known only for models that are loaded (/api/ps),
-because it cuts longer prompts off silently whatever the model could take.
+because it cuts longer prompts off silently whatever the model could take. How many tokens of
+prompts are kept for later ones is in vLLM's /metrics and in SGLang's server info.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import cast
@@ -25,10 +27,16 @@ from anser.core.limits import MODEL_NAME_CHARS_MAX, NODE_MODELS_MAX, NODE_SLOTS_
 __all__ = ["Ask", "inspect"]
 
 Ask = Callable[[str], Awaitable[object]]
-"""GET this path: the decoded JSON of a 200, else None. Raises EngineUnreachable on no answer."""
+"""GET this path: the decoded JSON of a 200, or its text, else None.
+
+Raises EngineUnreachable on no answer.
+"""
 
 _VERSION_CHARS_MAX = 64
 _CONTEXT_MAX = 1 << 30
+_CACHE_TOKENS_MAX = 1 << 40
+_CACHE_CONFIG = re.compile(r"^vllm:cache_config_info\{([^}\n]{0,4096})\}", re.MULTILINE)
+_LABEL = re.compile(r'([a-z_]+)="([^"]*)"')
 _OWNERS = {
     "vllm": EngineKind.VLLM,
     "sglang": EngineKind.SGLANG,
@@ -49,6 +57,7 @@ class _Found:
 
     version: str | None = None
     slots: int | None = None
+    cache_tokens: int | None = None
     context: int | None = None  # of every model
     contexts: Mapping[str, int] = field(default_factory=dict[str, int])
     abilities: Mapping[str, Ability] = field(default_factory=dict[str, Ability])  # if told
@@ -83,6 +92,7 @@ async def inspect(
         version=found.version,
         models=tuple(_model(row, found) for row in rows),
         slots=found.slots,
+        cache_tokens=found.cache_tokens,
         listed=len(every),
     )
 
@@ -158,7 +168,21 @@ async def _llamacpp(ask: Ask, rows: list[_Row]) -> _Found | None:
 
 async def _vllm(ask: Ask, rows: list[_Row]) -> _Found | None:
     del rows
-    return _Found(version=_word(_get(await ask("/version"), "version")))
+    version = _word(_get(await ask("/version"), "version"))
+    return _Found(version=version, cache_tokens=_vllm_cache(await ask("/metrics")))
+
+
+def _vllm_cache(metrics: object) -> int | None:
+    """How many tokens its caches keep, of all its engine processes together."""
+    tokens: int | None = None
+    for line in _CACHE_CONFIG.findall(metrics) if isinstance(metrics, str) else ():
+        labels = dict(_LABEL.findall(line))
+        blocks, size = labels.get("num_gpu_blocks", ""), labels.get("block_size", "")
+        if labels.get("enable_prefix_caching") == "False":
+            return 0
+        if blocks.isdecimal() and size.isdecimal():
+            tokens = min((tokens or 0) + int(blocks[:9]) * int(size[:9]), _CACHE_TOKENS_MAX)
+    return tokens
 
 
 async def _sglang(ask: Ask, rows: list[_Row]) -> _Found | None:
@@ -166,12 +190,14 @@ async def _sglang(ask: Ask, rows: list[_Row]) -> _Found | None:
     states = _items(_get(info, "internal_states"))
     running = _get(states[0], "effective_max_running_requests_per_dp") if states else None
     slots = _count(_get(info, "max_running_requests"), NODE_SLOTS_MAX)
+    cache_tokens = _count(_get(info, "max_total_num_tokens"), _CACHE_TOKENS_MAX)
     generates = _get(await ask("/get_model_info"), "is_generation")
     told = {True: Ability.CHAT, False: Ability.EMBEDDINGS}
     ability = told[generates] if isinstance(generates, bool) else Ability.BOTH
     return _Found(
         version=_word(_get(info, "version")),
         slots=_count(running, NODE_SLOTS_MAX) or slots,
+        cache_tokens=0 if _get(info, "disable_radix_cache") is True else cache_tokens,
         abilities={str(row["id"]): ability for row in rows},
     )
 

@@ -190,7 +190,10 @@ class HttpEngine:
             status, data = await self._get(f"{self._endpoint.prefix}{path}")
         except EngineError:
             return None  # it lists its models, so it lives: it just does not know the question
-        return _json(data) if status == 200 else None
+        if status != 200:
+            return None
+        value = _json(data)
+        return data.decode(errors="replace") if value is None else value
 
 
 def _public_key(told: object) -> str | None:

@@ -112,9 +112,11 @@ class NodeChanged:
     node: str
     slots: int
     models: frozenset[str]
+    cache_tokens: int | None = None  # of prompts, that it keeps; None: it does not tell
 
     def __post_init__(self) -> None:
         assert self.slots >= 0
+        assert self.cache_tokens is None or self.cache_tokens >= 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

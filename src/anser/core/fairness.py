@@ -48,7 +48,7 @@ from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from anser.core.account import Account, Place
+from anser.core.account import Branch, Leaf, Node, Place, Stand
 from anser.core.heap import Heap
 from anser.core.members import ancestry
 from anser.core.slots import Lane, Moved
@@ -95,10 +95,10 @@ class Shares:
 
     def __init__(self, rest_s: float = 0.0) -> None:
         self._rest_s = rest_s
-        self._resting: OrderedDict[Account, float] = OrderedDict()  # since when, longest first
+        self._resting: OrderedDict[Node, float] = OrderedDict()  # since when, longest first
         self._awake_leaves = 0
-        self._root = Account(member="", name="", parent=None, weight=_WEIGHT)
-        self._leaves: dict[str, Account] = {}
+        self._root = Branch(member="", name="", parent=None, weight=_WEIGHT)
+        self._leaves: dict[str, Leaf] = {}
         self._weights: dict[str, int] = {}
 
     @property
@@ -128,7 +128,7 @@ class Shares:
         account = self.find(member)
         return account.weight if account is not None and account.awake else 0
 
-    def share(self, leaf: Account) -> float:
+    def share(self, leaf: Leaf) -> float:
         """Which part of everything is due to this leaf, among all that are awake."""
         share = 1.0
         for account, parent in leaf.path:
@@ -139,16 +139,14 @@ class Shares:
     def standing_of(self, member: str) -> tuple[int, float]:
         """How many of its own requests wait, and the share that is due to it if it has one more."""
         names = ancestry(member)
-        account: Account | None = self._root
+        account: Node | None = self._root
         share = 1.0
-        for name in (*names, *[_OWN] * (_DEPTH_MAX - len(names)))[:_DEPTH_MAX]:
-            child = account.children.get(name) if account else None
-            weight = child.weight if child else self._weights.get(name, _WEIGHT)
-            awake = account.awake_weight if account else 0
-            share *= weight / (awake if child and child.awake else awake + weight)
-            account = child
-            if name == _OWN:
-                break
+        for name in (*names, _OWN)[:_DEPTH_MAX]:
+            parent = account if isinstance(account, Branch) else None
+            account = parent.children.get(name) if parent else None
+            weight = account.weight if account else self._weights.get(name, _WEIGHT)
+            awake = parent.awake_weight if parent else 0
+            share *= weight / (awake if account and account.awake else awake + weight)
         return account.queued if account else 0, share
 
     def weigh(self, member: str, weight: int) -> None:
@@ -160,100 +158,89 @@ class Shares:
         if account is not None:
             account.weigh(weight)
 
-    def leaf(self, member: str) -> Account:
+    def leaf(self, member: str) -> Leaf:
         """The account in which this member's own requests wait; opened if need be."""
         return self._leaves.get(member) or self._open(member)
 
-    def find(self, member: str) -> Account | None:
+    def find(self, member: str) -> Node | None:
         """The account of this member and all below it, if there is one."""
-        account: Account | None = self._root
+        account: Node | None = self._root
         for name in ancestry(member):
-            account = account.children.get(name) if account else None
+            account = account.children.get(name) if isinstance(account, Branch) else None
         return account
 
-    def arrive(self, leaf: Account, pool: Pool) -> None:
+    def arrive(self, leaf: Leaf, pool: Pool) -> None:
         """A request of `leaf` is here, to wait or to start: lift whoever had nothing waiting."""
         for account, parent in leaf.path:
             if not account.queued and not account.running:
                 self._wake(account, parent)
-            if not account.waits_in(pool):
-                account.lift(pool, parent.level(pool))
+            if not account.lanes or not account.waits_in(pool):
                 virtual = parent.virtual.get(pool)
-                account.limit(pool, 0 if virtual is None else virtual.reach)
+                ceiling = 0 if virtual is None else virtual.reach
+                account.lift(pool, parent.level(pool), ceiling)
 
-    def leave(self, leaf: Account, pool: Pool) -> None:
+    def leave(self, leaf: Leaf, pool: Pool) -> None:
         """Nothing of this pool is left on the path of `leaf`."""
         for account, _ in leaf.path:
             account.leave(pool)
 
-    def _wake(self, account: Account, parent: Account) -> None:
+    def _wake(self, account: Node, parent: Branch) -> None:
         self._resting.pop(account, None)
         if not account.awake:
             for heap in parent.idle.values():
                 heap.discard(account)
             account.wake(parent)
-            self._awake_leaves += _is_leaf(account)
+            self._awake_leaves += isinstance(account, Leaf)
 
     def enqueue(self, place: Place) -> None:
         """Let an arrived request wait."""
-        item: Account | Place = place
-        account: Account | None = place.account
-        pool = place.lane.pool
-        while account is not None:
+        leaf, lane = place.account, place.lane
+        leaf.enqueue(place)
+        self._root.queued += 1
+        for account, parent in leaf.path:
             account.queued += 1
-            heap: Heap[Account | Place] | None = account.lanes.get(place.lane)
+            heap = parent.lanes.get(lane)
             if heap is None:
-                heap = account.lanes[place.lane] = Heap(pool)
-            if item not in heap:
-                heap.add(item)
-            item, account = account, account.parent
-        homes = place.account.homes.setdefault(place.lane, {})
-        own: Heap[Place] | None = homes.get(place.homes)
-        if own is None:
-            own = homes[place.homes] = Heap(pool)
-        own.add(place)
+                heap = parent.lanes[lane] = Heap(lane.pool)
+            if account not in heap:
+                heap.add(account)
 
     def dequeue(self, place: Place) -> None:
         """Let a request wait no longer, because it starts or is not wanted any more."""
-        emptied: Account | Place | None = place
-        account: Account | None = place.account
-        while account is not None:
+        leaf, lane = place.account, place.lane
+        leaf.dequeue(place)
+        self._root.queued -= 1
+        for account, parent in reversed(leaf.path):
             account.queued -= 1
-            if emptied is not None:
-                heap = account.lanes[place.lane]
-                heap.discard(emptied)
-                emptied = None if heap else account
-                if emptied:
-                    del account.lanes[place.lane]
-            account = account.parent
-        homes = place.account.homes[place.lane]
-        homes[place.homes].discard(place)
-        if not homes[place.homes]:
-            del homes[place.homes]
-            if not homes:
-                del place.account.homes[place.lane]
+            if lane not in account.lanes:
+                heap = parent.lanes[lane]
+                heap.discard(account)
+                if not heap:
+                    del parent.lanes[lane]
 
-    def window(self, lanes: Sequence[Lane], *, window: int, most: int) -> Iterator[Account]:
+    def window(self, lanes: Sequence[Lane], *, window: int, most: int) -> Iterator[Leaf]:
         """Leaves that are next for a slot to which `lanes` are open, whoever is first first.
 
         At each level those with keys up to `window` above the least; about `most` in all.
         """
-        return _window(self._root, lanes, window, most)
+        lanes = [lane for lane in lanes if lane in self._root.lanes]
+        if lanes:
+            yield from _window(self._root, lanes, window, most)
 
-    def longest(self, leaf: Account) -> Account:
+    def longest(self, leaf: Leaf) -> Leaf:
         """The leaf with most waiting, level by level, for its weight; between equals `leaf`.
 
         Whose newest request goes from a queue that is too long (longest queue drop, after McKenney,
         Stochastic Fairness Queueing, 1990).
         """
         own = {account for account, _ in leaf.path}
-        account = self._root
-        while not _is_leaf(account):
+        account: Node = self._root
+        while isinstance(account, Branch):
             children = account.children.values()
             account = max(children, key=lambda child: (child.queued / child.weight, child in own))
         return account
 
-    def start(self, leaf: Account, pool: Pool, micro_credits: int, now: float = 0.0) -> None:
+    def start(self, leaf: Leaf, pool: Pool, micro_credits: int, now: float = 0.0) -> None:
         """A request of `leaf` gets a slot of `pool`, and pays this much at once."""
         self._root.running += 1
         self._root.service += micro_credits
@@ -263,24 +250,26 @@ class Shares:
             virtual = parent.virtual.get(pool)
             if virtual is None:
                 virtual = parent.virtual[pool] = Virtual()
-            virtual.advance(account.key_in(pool), now)
-            account.limit(pool, virtual.reach)
+            stand = account.stands[pool]
+            virtual.advance(stand.key, now)
+            stand.limit(virtual.reach)
             if pool in parent.idle:
                 self._sweep(parent, pool)
 
-    def charge(self, leaf: Account, pool: Pool, micro_credits: int) -> None:
+    def charge(self, leaf: Leaf, pool: Pool, micro_credits: int) -> None:
         """Charge, or refund if negative, a request of `leaf` that runs."""
         self._root.service += micro_credits
-        for account, _ in leaf.path:
-            account.pay(micro_credits, pool)
+        for account, parent in leaf.path:
+            if account.pay(micro_credits, pool) < 0:
+                parent.reorder(account)
 
-    def end(self, leaf: Account) -> None:
+    def end(self, leaf: Leaf) -> None:
         """A request of `leaf` runs no longer."""
         self._root.running -= 1
         for account, _ in leaf.path:
             account.running -= 1
 
-    def retire(self, leaf: Account, now: float = 0.0) -> None:
+    def retire(self, leaf: Leaf, now: float = 0.0) -> None:
         """What is idle on the path of `leaf` rests from now on."""
         for account, _ in reversed(leaf.path):
             if account.queued or account.running:
@@ -299,13 +288,13 @@ class Shares:
             parent = account.parent
             assert parent is not None
             account.sleep(parent)
-            self._awake_leaves -= _is_leaf(account)
-            for pool in list(account.bases):
+            self._awake_leaves -= isinstance(account, Leaf)
+            for pool in list(account.stands):
                 if account.key_in(pool) > parent.level(pool):
                     parent.idle.setdefault(pool, Heap(pool)).add(account)
                 else:
                     account.leave(pool)
-            if not account.bases:
+            if not account.stands:
                 self._forget(account, parent)
 
     def standings(self) -> list[Standing]:
@@ -314,7 +303,7 @@ class Shares:
             Standing(
                 member=account.member,
                 weight=account.weight,
-                key=max(map(account.key_in, account.bases), default=account.measure),
+                key=max(map(account.key_in, account.stands), default=account.measure),
                 service=account.service,
                 queued=account.queued,
                 running=account.running,
@@ -329,7 +318,7 @@ class Shares:
 
     def validate(self) -> None:
         """Assert the invariants of the module's docstring."""
-        leaves = {account.member: account for account in _below(self._root) if _is_leaf(account)}
+        leaves = {one.member: one for one in _below(self._root) if isinstance(one, Leaf)}
         assert leaves == self._leaves
         assert self._awake_leaves == sum(leaf.awake for leaf in leaves.values())
         for account in _below(self._root):
@@ -339,72 +328,80 @@ class Shares:
         for account in (self._root, *_below(self._root)):
             _validate(account)
 
-    def _open(self, member: str) -> Account:
+    def _open(self, member: str) -> Leaf:
         names = ancestry(member)
         assert "" not in member.split("/")
         assert len(names) <= _DEPTH_MAX
-        account = self._root
-        for name in names:
-            account = account.children.get(name) or self._child(account, name, member=name)
-        if len(names) < _DEPTH_MAX:
-            account = self._child(account, _OWN, member=member)
-        self._leaves[member] = account
-        return account
-
-    def _child(self, parent: Account, name: str, *, member: str) -> Account:
-        weight = self._weights.get(name, _WEIGHT)
-        account = Account(member=member, name=name, parent=parent, weight=weight)
-        account.path = (*parent.path, (account, parent))
-        parent.children[name] = account
-        return account
+        branch = self._root
+        for name in names[: _DEPTH_MAX - 1]:
+            child = branch.children.get(name)
+            if child is None:
+                weight = self._weights.get(name, _WEIGHT)
+                child = Branch(member=name, name=name, parent=branch, weight=weight)
+                _adopt(branch, child)
+            assert isinstance(child, Branch)
+            branch = child
+        own = member if len(names) == _DEPTH_MAX else _OWN
+        weight = self._weights.get(own, _WEIGHT)
+        leaf = self._leaves[member] = Leaf(member=member, name=own, parent=branch, weight=weight)
+        _adopt(branch, leaf)
+        return leaf
 
     def move(self, moved: Moved) -> None:
         """Models have changed their pool: so do all keys, each as far ahead as it was."""
-        for account in (self._root, *_below(self._root)):
-            if moved.pool is not None:
-                _join(account, moved.former, moved.pool)
-        for account in (self._root, *_below(self._root)):
-            for pool in moved.ended:
-                account.virtual.pop(pool, None)
-                account.idle.pop(pool, None)
+        accounts: list[Node] = [self._root, *_below(self._root)]
+        branches = [account for account in accounts if isinstance(account, Branch)]
+        if moved.pool is not None:
+            for branch in branches:
+                _join(branch, moved.former, moved.pool)
+        for pool in moved.ended:
+            for branch in branches:
+                branch.virtual.pop(pool, None)
+                branch.idle.pop(pool, None)
+            for account in accounts:
                 account.leave(pool)
-        for account in reversed([*_below(self._root)]):
-            if not account.awake and not account.bases and account.parent is not None:
+        for account in reversed(accounts):
+            if not account.awake and not account.stands and account.parent is not None:
                 self._forget(account, account.parent)
 
-    def _sweep(self, parent: Account, pool: Pool) -> None:
+    def _sweep(self, parent: Branch, pool: Pool) -> None:
         level, idle = parent.level(pool), parent.idle[pool]
         for _ in range(_SWEPT_MAX):
-            account = idle.least()
+            account = idle.least() if idle else None
             if account is None or account.key_in(pool) > level:
                 break
             idle.discard(account)
             account.leave(pool)
-            if not account.bases:
+            if not account.stands:
                 self._forget(account, parent)
         if not idle:
             del parent.idle[pool]
 
-    def _forget(self, account: Account, parent: Account) -> None:
+    def _forget(self, account: Node, parent: Branch) -> None:
         del parent.children[account.name]
         parent.service_forgotten += account.service
-        if _is_leaf(account):
-            del self._leaves[account.member]
-        for below in _below(account):
-            if _is_leaf(below):
+        for below in (account, *_below(account)):
+            if isinstance(below, Leaf):
                 del self._leaves[below.member]
 
 
-def _join(parent: Account, former: tuple[Pool, ...], pool: Pool) -> None:
+def _adopt(parent: Branch, child: Node) -> None:
+    child.path = (*parent.path, (child, parent))
+    parent.children[child.name] = child
+
+
+def _join(parent: Branch, former: tuple[Pool, ...], pool: Pool) -> None:
     """Let all children be in `pool` what they were in the `former` ones, by virtual time."""
     virtuals = {old: parent.virtual.get(old) or Virtual() for old in former}
     joint = parent.virtual[pool] = Virtual.joint(virtuals.values())
     for child in parent.children.values():
-        shifts = [(old, joint.now - virtuals[old].now) for old in former if old in child.bases]
+        shifts = [(old, joint.now - virtuals[old].now) for old in former if old in child.stands]
         if not shifts:
             continue
-        child.bases[pool] = max(child.bases[old] + shift for old, shift in shifts)
-        child.ceilings[pool] = max(child.ceilings[old] + shift for old, shift in shifts)
+        child.stands[pool] = Stand(
+            key=max(child.stands[old].key + shift for old, shift in shifts),
+            ceiling=max(child.stands[old].ceiling + shift for old, shift in shifts),
+        )
         if not child.awake:
             parent.idle.setdefault(pool, Heap(pool)).add(child)
     for lane, heap in parent.lanes.items():
@@ -412,60 +409,48 @@ def _join(parent: Account, former: tuple[Pool, ...], pool: Pool) -> None:
             heap.move(pool)
 
 
-def _window(account: Account, lanes: Sequence[Lane], window: int, most: int) -> Iterator[Account]:
-    if _is_leaf(account):
-        yield account
-        return
-    children = account.near(lanes, window=window, most=most)
-    each = -(-most // len(children)) if children else 0
+def _window(branch: Branch, lanes: Sequence[Lane], window: int, most: int) -> Iterator[Leaf]:
+    children = branch.near(lanes, window=window, most=most)
+    each = -(-most // len(children))
     for child in children:
-        yield from _window(child, lanes, window, each)
+        if isinstance(child, Leaf):
+            yield child
+        elif each == 1:
+            yield child.first(lanes)
+        else:
+            yield from _window(child, lanes, window, each)
 
 
-def _is_leaf(account: Account) -> bool:
-    depth = len(account.path)
-    return depth == _DEPTH_MAX or (depth > 0 and account.name == _OWN)
-
-
-def _below(account: Account) -> Iterator[Account]:
-    for child in account.children.values():
+def _below(account: Node) -> Iterator[Node]:
+    for child in account.children.values() if isinstance(account, Branch) else ():
         yield child
         yield from _below(child)
 
 
-def _validate(account: Account) -> None:
-    children = account.children.values()
-    assert account.measure == account.carried + account.paid * _WEIGHT // account.weight
-    assert account.bases.keys() == account.ceilings.keys() or account.parent is None
+def _validate(account: Node) -> None:
     if account.parent is not None:
-        assert {lane.pool for lane in account.lanes} <= account.bases.keys()
+        assert {lane.pool for lane in account.lanes} <= account.stands.keys()
     assert account.queued >= 0
     assert account.running >= 0
-    if _is_leaf(account):
-        assert not children
-        assert account.queued == sum(map(len, account.lanes.values()))
-        assert account.homes.keys() == account.lanes.keys()
-        for lane, homes in account.homes.items():
-            kept = {place for heap in homes.values() for place in heap}
-            assert kept == set(account.lanes[lane])
-    else:
-        assert account.queued == sum(child.queued for child in children)
-        assert account.running == sum(child.running for child in children)
-        paid_below = sum(child.service for child in children) + account.service_forgotten
-        assert account.service == paid_below
-        _validate_heaps(account)
-
-
-def _validate_heaps(account: Account) -> None:
-    waiting = {lane for child in account.children.values() for lane in child.lanes}
-    assert account.lanes.keys() == waiting
-    for lane, heap in account.lanes.items():
+    for heap in account.lanes.values():
+        assert heap
         heap.validate()
-        assert set(heap) == {child for child in account.children.values() if lane in child.lanes}
-    for pool, idle in account.idle.items():
+    if isinstance(account, Leaf):
+        assert account.queued == sum(map(len, account.lanes.values()))
+    else:
+        _validate_branch(account)
+
+
+def _validate_branch(branch: Branch) -> None:
+    children = branch.children.values()
+    assert branch.queued == sum(child.queued for child in children)
+    assert branch.running == sum(child.running for child in children)
+    assert branch.service == sum(child.service for child in children) + branch.service_forgotten
+    assert branch.lanes.keys() == {lane for child in children for lane in child.lanes}
+    for lane, heap in branch.lanes.items():
+        assert set(heap) == {child for child in children if lane in child.lanes}
+    for pool, idle in branch.idle.items():
         idle.validate()
-        resting = {child for child in account.children.values() if not child.awake}
-        assert set(idle) == {child for child in resting if pool in child.bases}
-    assert all(child.awake or child.bases for child in account.children.values())
-    awake = sum(child.weight for child in account.children.values() if child.awake)
-    assert account.awake_weight == awake
+        assert set(idle) == {one for one in children if not one.awake and pool in one.stands}
+    assert all(child.awake or child.stands for child in children)
+    assert branch.awake_weight == sum(child.weight for child in children if child.awake)

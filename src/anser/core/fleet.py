@@ -92,6 +92,7 @@ class EngineReport:
     version: str | None
     models: tuple[ServedModel, ...]
     slots: int | None
+    cache_tokens: int | None = None  # how much of the prompts it has read it keeps, if it tells
     listed: int = 0  # models that it has; `models` may be fewer
     platform: str | None = None  # the public key in hex, if it is an Anser platform
 

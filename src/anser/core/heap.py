@@ -56,10 +56,10 @@ class Heap(Generic[_T]):
         if self._entry_of.pop(item, None) is not None:
             self._clear_away()
 
-    def least(self) -> _T | None:
-        """The item of least key, or None when empty."""
+    def least(self) -> _T:
+        """The item of least key; there must be one."""
         entries = self._entries
-        while entries:
+        while True:
             key, number, item = entries[0]
             if self._entry_of.get(item) != number:
                 heapq.heappop(entries)
@@ -69,7 +69,6 @@ class Heap(Generic[_T]):
                 heapq.heapreplace(entries, (grown, number, item))
             else:
                 return item
-        return None
 
     def upto(self, limit: int, most: int) -> list[_T]:
         """Some items with keys up to `limit`, the least first and the rest about in order.

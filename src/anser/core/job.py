@@ -59,10 +59,6 @@ class Job(Place):
         """How much of its prompt the node is likely to have in its cache."""
         return self.hit if self.homes & node.bit else 0
 
-    def fresh_on(self, node: NodeSlots) -> int:
-        """How much of its prompt the node is likely to have to read."""
-        return self.request.prompt_tokens - self.cached_on(node)
-
     def price(self, usage: Usage) -> int:
         """What so much costs, in micro-credits."""
         return price(

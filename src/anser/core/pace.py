@@ -22,7 +22,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-__all__ = ["Pace", "Smooth"]
+__all__ = ["Pace", "Smooth", "smoothed"]
 
 _WEIGHT = 0.2
 _OUTLIER = 4.0
@@ -37,6 +37,14 @@ _LATE_MIN_S = 2.0  # and never less than this
 _NARROW = 2 / 3
 
 
+def smoothed(value: float | None, sample: float) -> float:
+    """What is known after one more sample, which must be positive; None is nothing so far."""
+    assert sample > 0
+    if value is None:
+        return float(sample)
+    return value + _WEIGHT * (min(max(sample, value / _OUTLIER), value * _OUTLIER) - value)
+
+
 @dataclass(slots=True)
 class Smooth:
     """One quantity, smoothed; `value` is a guess until the first sample."""
@@ -46,12 +54,7 @@ class Smooth:
 
     def observe(self, sample: float) -> None:
         """Take one more sample of it; it must be positive."""
-        assert sample > 0
-        if self.samples:
-            sample = min(max(sample, self.value / _OUTLIER), self.value * _OUTLIER)
-            self.value += _WEIGHT * (sample - self.value)
-        else:
-            self.value = sample
+        self.value = smoothed(self.value if self.samples else None, sample)
         self.samples += 1
 
 

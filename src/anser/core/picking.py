@@ -26,8 +26,9 @@ import heapq
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import islice
+from math import inf
 
-from anser.core.account import Account, Place
+from anser.core.account import Leaf, Place
 from anser.core.bands import Bands
 from anser.core.events import Rule, Why
 from anser.core.fairness import Shares
@@ -52,11 +53,11 @@ class Picker:
 
     def is_light(self, job: Job, *, more: int = 0) -> bool:
         """Whether what its member has in flight is within its share of the slots for its model."""
-        if job.lane.batch:
-            return False
-        leaf = job.account
+        return not job.lane.batch and self._is_within(job.account, job.lane.supply.slots, more)
+
+    def _is_within(self, leaf: Leaf, slots: int, more: int = 0) -> bool:
         in_flight = leaf.queued + leaf.running + more
-        return in_flight <= 1 or in_flight <= self.shares.share(leaf) * job.lane.supply.slots
+        return in_flight <= 1 or in_flight <= self.shares.share(leaf) * slots
 
     def is_closed(self, node: NodeSlots) -> bool:
         """Whether only light members may have a slot of this node now."""
@@ -83,11 +84,14 @@ class Picker:
     def _next(self, node: NodeSlots, lanes: list[Lane], now: float) -> tuple[Job, Why] | None:
         closed, best, gain_most, first, rivals = self.is_closed(node), None, 0, None, 0
         rules, impatient = self.rules, self._impatient(now)
+        slots_most = max((lane.supply.slots for lane in lanes), default=0)
         for leaf in self.shares.window(lanes, window=rules.window, most=rules.candidates):
-            place, gain = leaf.choice(lanes, node.bit, oldest_first=impatient)
-            assert isinstance(place, Job)
             first = leaf if first is None else first
             rivals += 1
+            if closed and not self._is_within(leaf, slots_most):
+                continue  # whatever it has here is not light
+            place, gain = leaf.choice(lanes, node.bit, oldest_first=impatient)
+            assert isinstance(place, Job)
             if rules.light_first and self.is_light(place):
                 if not self._holds(place, node, now):
                     _pass_over(place, lanes)
@@ -115,7 +119,7 @@ class Picker:
         nodes = self._open_nodes(job, light=light)
         if not nodes:
             return None
-        node = nodes[0] if len(nodes) == 1 else min(nodes, key=lambda n: self._finish_s(job, n))
+        node = nodes[0] if len(nodes) == 1 else self._quickest(job, nodes)
         return None if light and self._holds(job, node, now) else node
 
     def released(self, now: float) -> list[Job]:
@@ -129,16 +133,26 @@ class Picker:
         free = self.slots.freest(job.lane)
         if not self.rules.nearest:
             return list(islice(free, 1))
-        nodes = dict.fromkeys(islice(free, _FREE_NODES_MAX))
+        nodes = list(islice(free, _FREE_NODES_MAX))
         if job.homes and nodes:
             homes = self.slots.with_bits(job.homes)
-            nodes |= {n: None for n in homes if n.free and self._serves(n, job.lane)}
-        return [node for node in nodes if light or not self.is_closed(node)]
+            nodes += [n for n in homes if n.free and n not in nodes and self._serves(n, job.lane)]
+        return nodes if light else [node for node in nodes if not self.is_closed(node)]
 
-    def _finish_s(self, job: Job, node: NodeSlots) -> float:
-        output = min(job.account.output.value, job.request.output_tokens_max)
-        reading_s = node.pace.read_s(node.reading + job.fresh_on(node))
-        return reading_s + output / node.pace.decode_tokens_s.value
+    @staticmethod
+    def _quickest(job: Job, nodes: list[NodeSlots]) -> NodeSlots:
+        """The node on which `job` is likely to end first; between equals the first of them."""
+        output = min(job.account.output_tokens, job.request.output_tokens_max)
+        prompt, homes, hit = job.request.prompt_tokens, job.homes, job.hit
+        quickest, least_s = nodes[0], inf
+        for node in nodes:
+            fresh = prompt - hit if homes & node.bit else prompt
+            pace = node.pace
+            reading_s = (node.reading + fresh) / pace.prefill_tokens_s.value
+            finish_s = reading_s + output / pace.decode_tokens_s.value
+            if finish_s < least_s:
+                quickest, least_s = node, finish_s
+        return quickest
 
     def _holds(self, job: Job, node: NodeSlots, now: float) -> bool:
         """Whether `job` rather waits for a home of its beginning than to start on `node`."""
@@ -158,7 +172,7 @@ class Picker:
         return node.id in lane.supply.nodes and lane.open_to(node)
 
     @staticmethod
-    def _why(rule: Rule, job: Job, first: Account, gain: int, rivals: int) -> Why:
+    def _why(rule: Rule, job: Job, first: Leaf, gain: int, rivals: int) -> Why:
         pool = job.lane.pool
         return Why(
             rule=rule,

@@ -13,9 +13,10 @@ the blocks are also in the order of their last use, the deeper first, so that wh
 the node's cache is full is always the end of a beginning, as engines do it: a node that knows a
 block knows those before it, and how much one node knows is found by bisection (`known`).
 
-How much an engine can keep is what it says (`resize`) or is learnt (`learn`) by additive increase
-and multiplicative decrease: an engine that found less than predicted has forgotten it, so its
-allotment shrinks; one that found what was predicted while its allotment was full may have more.
+How much an engine can keep is learnt (`learn`) by additive increase and multiplicative decrease: an
+engine that found less than predicted has forgotten it, so its allotment shrinks; one that found
+what was predicted while its allotment was full may have more. One that says how much it keeps
+(`resize`) starts with that, and never has more.
 
 Sources: block hashes as in vLLM's automatic prefix caching; the bitmask walk and the AIMD rule are
 our own.
@@ -30,9 +31,18 @@ from collections import OrderedDict
 from dataclasses import dataclass, field
 from hashlib import blake2b
 
-__all__ = ["BLOCK_BYTES", "CHAIN_BLOCKS_MAX", "Chain", "Match", "PrefixIndex", "chain"]
+__all__ = [
+    "BLOCK_BYTES",
+    "BLOCK_TOKENS",
+    "CHAIN_BLOCKS_MAX",
+    "Chain",
+    "Match",
+    "PrefixIndex",
+    "chain",
+]
 
 BLOCK_BYTES = 256
+BLOCK_TOKENS = 64  # about as many, where an engine tells its size in tokens
 CHAIN_BLOCKS_MAX = 1_024  # of one prompt; what comes after 256 KB is not looked for
 _NAME_BYTES = 8
 _CAPACITY = 4_096  # blocks of a node of which nothing is known: 1 MB of text
@@ -79,7 +89,7 @@ class _Cache:
 
     bit: int
     capacity: int = _CAPACITY
-    told: bool = False  # the engine itself says how much it keeps
+    most: int = _CAPACITY_MAX  # what the engine itself says that it keeps
     order: OrderedDict[bytes, None] = field(default_factory=OrderedDict[bytes, None])
 
 
@@ -132,22 +142,27 @@ class PrefixIndex:
         self._evict(cache)
 
     def resize(self, node: str, blocks: int) -> None:
-        """The engine itself says how much it keeps; nothing is learnt of it from now on."""
-        cache = self._cache(node)
-        cache.told = True
-        cache.capacity = max(_CAPACITY_MIN, min(blocks, _CAPACITY_MAX))
-        self._evict(cache)
+        """The engine itself says how much it keeps at most; 0 is nothing.
+
+        Said again, it changes nothing of what was learnt since.
+        """
+        assert blocks >= 0
+        cache, most = self._cache(node), min(blocks, _CAPACITY_MAX)
+        if cache.most != most:
+            cache.most = cache.capacity = most
+            self._evict(cache)
 
     def learn(self, node: str, *, predicted: int, found: int) -> None:
         """Compare what was predicted to be cached with what the engine found. In any one unit."""
         cache = self._caches.get(node)
-        if cache is None or cache.told or predicted <= 0:
+        if cache is None or predicted <= 0:
             return
         if found * _FORGOT < predicted:
-            cache.capacity = max(_CAPACITY_MIN, int(len(cache.order) * _SHRINK))
+            less = max(_CAPACITY_MIN, int(len(cache.order) * _SHRINK))
+            cache.capacity = min(less, cache.most)
             self._evict(cache)
         elif found >= predicted and len(cache.order) >= cache.capacity:
-            cache.capacity = min(_CAPACITY_MAX, cache.capacity + _GROWTH)
+            cache.capacity = min(cache.most, cache.capacity + _GROWTH)
 
     def capacity(self, node: str) -> int:
         """How many blocks the node is thought to keep."""
@@ -173,7 +188,7 @@ class PrefixIndex:
         masks: dict[bytes, int] = {}
         for cache in self._caches.values():
             assert cache.bit.bit_count() == 1
-            assert len(cache.order) <= cache.capacity
+            assert len(cache.order) <= cache.capacity <= cache.most
             for name in cache.order:
                 masks[name] = masks.get(name, 0) | cache.bit
         assert masks == self._masks

@@ -63,7 +63,7 @@ from anser.core.fairness import Shares, Standing, price
 from anser.core.job import Job
 from anser.core.ledger import Usage
 from anser.core.picking import Picker
-from anser.core.prefix import PrefixIndex
+from anser.core.prefix import BLOCK_TOKENS, PrefixIndex
 from anser.core.rules import DESIGN, Rules
 from anser.core.slots import NodeSlots, Slots
 from anser.core.virtual import Pool
@@ -73,6 +73,7 @@ __all__ = ["Scheduler"]
 _AGAIN_S = 0.25
 _LANES_MAX = 8
 _NODES_MAX = 4
+_FREE = Why(rule=Rule.FREE)
 _FRONT = 1 << 62  # ahead of every turn that will ever be given
 
 
@@ -140,9 +141,9 @@ class Scheduler:
         None where nothing waits, or it is in several: then a key says what others served it, too.
         """
         account = self._shares.find(member)
-        if account is None or not account.lanes or len(account.bases) != 1:
+        if account is None or not account.lanes or len(account.stands) != 1:
             return None
-        [pool] = account.bases
+        [pool] = account.stands
         return pool, account.key_in(pool)
 
     def handle(self, event: Event, now: float) -> list[Decision]:
@@ -153,7 +154,9 @@ class Scheduler:
         decisions = self._take(event)
         for job in self._picker.released(now):
             decisions += self._place_again(job)
-        return decisions + self._look_again()
+        if self._shares.queued and now - self._looked_at >= _AGAIN_S:
+            decisions += self._look_again()
+        return decisions
 
     def _look_again(self) -> list[Decision]:
         """Try once more, now and then, free slots that were closed to all who waited for them.
@@ -162,8 +165,6 @@ class Scheduler:
         lanes and nodes at a time, in turns.
         """
         decisions: list[Decision] = []
-        if not self._shares.queued or self._now - self._looked_at < _AGAIN_S:
-            return decisions
         self._looked_at = self._now
         lanes = self._slots.lanes()
         self._looks = (self._looks + _LANES_MAX) % len(lanes)
@@ -196,6 +197,8 @@ class Scheduler:
             case Cancelled():
                 return self._cancel(event.request)
             case NodeChanged():
+                if event.slots and event.cache_tokens is not None:
+                    self._index.resize(event.node, event.cache_tokens // BLOCK_TOKENS)
                 return self._change(event.node, event.slots, event.models)
             case NodeGone():
                 self._index.drop(event.node)
@@ -338,7 +341,7 @@ class Scheduler:
             self._index.learn(node.id, predicted=job.cached, found=usage.cached_tokens)
         if job.cancelled or not usage.completion_tokens:
             return
-        job.account.output.observe(usage.completion_tokens)
+        job.account.answered(usage.completion_tokens)
         if job.first_at is not None:
             node.pace.ended(
                 tokens=usage.completion_tokens - 1,
@@ -376,13 +379,14 @@ class Scheduler:
 
     def _free_node(self, job: Job, *, more: int) -> NodeSlots | None:
         """The free slot that is for `job` now; `more` for what is not counted yet of it."""
-        light = self._picker.is_light(job, more=more)
-        return self._picker.place(job, self._now, light=light)
+        job.heavy = not self._picker.is_light(job, more=more)
+        return self._picker.place(job, self._now, light=not job.heavy)
 
     def _wait_or_start(self, job: Job, node: NodeSlots | None) -> list[Decision]:
         """Start at once where nobody waits for that slot; else wait, and whoever is next has it."""
         if node is not None and not (self._shares.queued and self._slots.waiting_for(node)):
-            why = Why(rule=Rule.FREE, cached_tokens=job.cached_on(node))
+            cached = job.cached_on(node)
+            why = Why(rule=Rule.FREE, cached_tokens=cached) if cached else _FREE
             return [self._start(job, node, why)]
         job.since = self._now
         self._shares.enqueue(job)
@@ -391,7 +395,7 @@ class Scheduler:
             decisions: list[Decision] = [self._push_out(job)]
         else:
             decisions = [] if node is None else self._fill(node)
-        if job.node is None and node is not None:
+        if decisions and node is not None and job.node is None:
             self._looked_at = -inf  # that slot was another's; there may be more
         return decisions
 
@@ -417,6 +421,7 @@ class Scheduler:
             if picked is None:
                 break
             job, why = picked
+            job.heavy = why.rule is not Rule.LIGHT
             self._dequeue(job)
             decisions.append(self._start(job, node, why))
             if why.rule is not Rule.LIGHT and self._picker.is_closed(node):
@@ -425,7 +430,6 @@ class Scheduler:
 
     def _start(self, job: Job, node: NodeSlots, why: Why) -> Start:
         request = job.request
-        light = self._picker.is_light(job, more=1)
         self._slots.take(node)
         job.node, job.started_at, job.first_at = node, self._now, None
         job.attempt += 1
@@ -434,7 +438,7 @@ class Scheduler:
             job.cached = job.tokens_of(self._index.known(node.id, request.chain))
             self._index.add(node.id, request.chain)
         job.reading, job.ahead = request.prompt_tokens - job.cached, node.reading
-        job.heavy, job.is_reading, job.ahead_whole = not light, True, node.prompts
+        job.is_reading, job.ahead_whole = True, node.prompts
         node.prompts += request.prompt_tokens
         node.reading += job.reading
         node.reading_heavy += job.reading if job.heavy else 0

@@ -104,6 +104,10 @@ class Supply:
         default_factory=dict[tuple[frozenset[str], bool], Lane]
     )
     slots: int = 0  # of all its nodes
+    lane: Lane = field(init=False)  # of requests that have failed nowhere, whether any waits or not
+
+    def __post_init__(self) -> None:
+        self.lane = Lane(self)
 
     def __repr__(self) -> str:
         return f"<Supply {self.model}: {len(self.nodes)} nodes, {len(self.lanes)} lanes>"
@@ -211,6 +215,8 @@ class Slots:
     ) -> Lane:
         """The lane of requests for `model` that have failed on the nodes `excluded`."""
         supply = self._supplies.get(model) or Supply(model, self._pool())
+        if not excluded and not batch:
+            return supply.lane
         return supply.lanes.get((excluded, batch)) or Lane(supply, excluded, batch)
 
     def wait(self, lane: Lane) -> None:

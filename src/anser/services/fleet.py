@@ -361,7 +361,10 @@ class Fleet:
         if before is None or before.offers != status.offers:
             self._index()
         change = NodeChanged(
-            node=entry.node.id, slots=status.usable, models=frozenset(entry.offers)
+            node=entry.node.id,
+            slots=status.usable,
+            models=frozenset(entry.offers),
+            cache_tokens=None if entry.report is None else entry.report.cache_tokens,
         )
         was_down = before is None or before.state is NodeState.DOWN
         if change != entry.told or (status.state is NodeState.DOWN and not was_down):
