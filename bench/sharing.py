@@ -70,8 +70,7 @@ def _lead(trace: Trace, one: str, other: str) -> Points:
     return [(at, mine - theirs) for (at, mine), (_, theirs) in pairs]
 
 
-def _draw_service(name: str, trace: Trace, members: Sequence[str], options: Options) -> None:
-    lines = {member: trace.over_time(member) for member in members}
+def _draw_service(name: str, lines: Mapping[str, Points], options: Options) -> None:
     options.draw(Curves(name=name, x="seconds", y="credits received", lines=lines))
 
 
@@ -82,7 +81,8 @@ def weighted(options: Options) -> list[Row]:
     sources = [_open(member, _minute(240)) for member in weights]
     trace = run(Anser(), sources, 2 * options.seconds, weights=weights)
     rows = _shares("E2", trace, weights, options, within=0.01)
-    _draw_service("E2 service by weight", trace, list(weights), options)
+    lines = {member: trace.over_time(member) for member in weights}
+    _draw_service("E2 service by weight", lines, options)
     unlike = {f"heavy{n}": weight for n, weight in enumerate((2.0, 1.0, 1.0, 4.0))}
     for label, given in (("equal", dict.fromkeys(unlike, 1.0)), ("2:1:1:4", unlike)):
         for name in ("least loaded", "vtc", "dlpm", "anser"):
@@ -175,6 +175,7 @@ def idleness(options: Options) -> list[Row]:
 
 def _returns(options: Options, unit: float) -> list[Row]:
     rows: list[Row] = []
+    lines: dict[str, Points] = {}
     rules: dict[str, Callable[[], Policy]] = {
         "least counter first": lambda: Vtc(lift=False),
         "vtc": Vtc,
@@ -187,12 +188,13 @@ def _returns(options: Options, unit: float) -> list[Row]:
         trace = run(make(), sources, 5 * unit, fleet=_SMALL)
         service = trace.service(3.2 * unit, 4.9 * unit)
         share = service["one"] / sum(service.values())
-        _draw_service(f"E3 on_off_overload {name} service", trace, ["one", "two"], options)
+        lines[name] = trace.over_time("one")
         label = f"E3 on_off_overload {name} share after return"
         if name == "anser" and not options.quick:
             rows.append(at_most(label, share, "1", 0.55))
         else:
             rows.append(figure(label, share, "1"))
+    _draw_service("E3 service of who comes back", lines, options)
     return rows
 
 
