@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-from bench import faults, latency, locality, pools, sharing
+from anser.core.errors import AnserError
+from bench import faults, latency, locality, pools, real, sharing
 from bench.rows import Options, Row
 
-__all__ = ["EXPERIMENTS", "NEED_TRACES", "measure"]
+__all__ = ["EXPERIMENTS", "NEED_TRACES", "REAL", "measure"]
 
 EXPERIMENTS: Mapping[str, Callable[[Options], list[Row]]] = {
     "E1": sharing.overload,
@@ -20,13 +21,20 @@ EXPERIMENTS: Mapping[str, Callable[[Options], list[Row]]] = {
     "E8": sharing.tenants,
     "E10": faults.faults,
     "E11": pools.pools,
+    "real": real.flood,
 }
 NEED_TRACES = frozenset(("E4", "E7"))
 """Those that replay recorded traffic."""
+REAL = frozenset(("real",))
+"""Those that run on real engines, in real time."""
 
 
 def measure(options: Options, experiment: str | None = None) -> list[Row]:
-    """All experiments, or one; those that want traces are left out where there are none."""
+    """All experiments, or one.
+
+    Of all, those that want traces are left out where there are none, and those on real engines
+    where there is no engine or no model. Raises AnserError if the one that was named cannot run.
+    """
     rows: list[Row] = []
     for name in [experiment] if experiment else EXPERIMENTS:
         if name in NEED_TRACES and options.traces is None:
@@ -34,5 +42,10 @@ def measure(options: Options, experiment: str | None = None) -> list[Row]:
                 f"{name} is left out: it replays recorded traffic; name its folder (--traces)"
             )
             continue
-        rows += EXPERIMENTS[name](options)
+        try:
+            rows += EXPERIMENTS[name](options)
+        except AnserError as error:
+            if experiment:
+                raise
+            options.tell(f"{name} is left out: {error.message}")
     return rows

@@ -8,9 +8,11 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
+from itertools import chain
 from math import inf
 
 from anser.core.rules import DESIGN
+from bench.curves import Curves, Points, distribution
 from bench.engine_model import FLEET
 from bench.policies import POLICIES, Anser, Fcfs, Policy, RequestsPerMinute, Vtc
 from bench.rows import Options, Row, at_least, at_most, figure, mean
@@ -45,15 +47,29 @@ def flood(options: Options) -> list[Row]:
     """E5: one floods the pool, twenty chat."""
     rows: list[Row] = []
     pace: dict[str, float] = {}
+    waits: dict[str, Points] = {}
     for name, make in {**POLICIES, **_ABLATIONS}.items():
         options.tell(f"E5 {name}")
         traces = [_flooded(make, options, seed, _FLOOD) for seed in options.all_seeds]
         solos = [_flooded(make, options, seed, None) for seed in options.all_seeds]
         pace[name] = mean([trace.tokens_s(options.warm) for trace in traces])
+        if name in POLICIES:
+            waits[name] = distribution(_ttfts(traces, options))
+        if name == "anser":
+            waits["anser, no flood"] = distribution(_ttfts(solos, options))
         rows += _waits(f"E5 {name}", traces, solos, options)
         rows.append(figure(f"E5 {name} tokens", pace[name], "tokens/s"))
         rows.append(figure(f"E5 {name} hit", mean([t.hit(options.warm) for t in traces]), "1"))
     rows.append(at_least("E5 tokens / FCFS", pace["anser"] / pace["fcfs"], "1", 0.97))
+    options.draw(
+        Curves(
+            name="E5 time to first token of those who chat",
+            x="seconds",
+            y="part of their requests",
+            lines=waits,
+            log_x=True,
+        )
+    )
     for name in ("vtc", "dlpm", "no gate", "anser"):
         options.tell(f"E5 long prompts {name}")
         make = {**POLICIES, **_ABLATIONS}[name]
@@ -63,6 +79,10 @@ def flood(options: Options) -> list[Row]:
         tokens = mean([trace.tokens_s(options.warm) for trace in traces])
         rows.append(figure(f"E5 long prompts {name} tokens", tokens, "tokens/s"))
     return rows
+
+
+def _ttfts(traces: list[Trace], options: Options) -> Iterator[float]:
+    return chain.from_iterable(trace.ttfts(_light, options.warm) for trace in traces)
 
 
 def _p99(trace: Trace, options: Options) -> float:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from anser.core.rules import DESIGN
+from bench.curves import Curves
 from bench.engine_model import BLOCK_TOKENS, FLEET
 from bench.policies import POLICIES, Anser
 from bench.rows import Options, Row, at_least, at_most, figure, mean
@@ -48,11 +49,27 @@ def agents(options: Options) -> list[Row]:
         rows += found
     if not options.quick:
         rows.append(at_least("E6 tokens / VTC", pace["anser"] / pace["vtc"], "1", 2.5))
+    return rows + _windows(options)
+
+
+def _windows(options: Options) -> list[Row]:
+    """What a window of so many credits buys in tokens, and costs in fairness."""
+    rows: list[Row] = []
+    found: dict[str, list[tuple[float, float]]] = {"tokens": [], "difference": [], "bound": []}
     for window in (0, 1_000, 4_000, 16_000, 64_000):
         options.tell(f"E6 window {window}")
         rules = replace(DESIGN, window=window * CREDIT)
         traces = [run(Anser(rules), sessions(s), options.seconds) for s in options.all_seeds]
-        rows += _rows(f"E6 window {window}", traces, options, window=rules.window)[1]
+        each = _rows(f"E6 window {window}", traces, options, window=rules.window)[1]
+        rows += each
+        for row in each:
+            kind = row.name.removeprefix(f"E6 window {window} ")
+            if kind in found:
+                found[kind].append((window / 1_000, row.value))
+    x = "window, thousands of credits"
+    tokens = {"tokens": found.pop("tokens")}
+    options.draw(Curves(name="E6 tokens by window", x=x, y="tokens/s", lines=tokens))
+    options.draw(Curves(name="E6 difference by window", x=x, y="credits", lines=found))
     return rows
 
 

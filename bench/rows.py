@@ -6,6 +6,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from bench.curves import Curves
+
 __all__ = ["Options", "Row", "at_least", "at_most", "figure", "mean"]
 
 
@@ -28,6 +30,7 @@ class Options:
     quick: bool = False
     traces: Path | None = None
     tell: Callable[[str], None] = field(default=lambda _: None)
+    draw: Callable[[Curves], None] = field(default=lambda _: None)
 
     @property
     def seconds(self) -> float:

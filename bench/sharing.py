@@ -8,6 +8,7 @@ from itertools import chain
 
 from anser.core.members import bucket_of
 from anser.core.rules import DESIGN
+from bench.curves import Curves, Points
 from bench.engine_model import FLEET
 from bench.policies import POLICIES, Anser, Fcfs, Policy, Vtc
 from bench.rows import Options, Row, at_least, at_most, figure, mean
@@ -35,6 +36,8 @@ def overload(options: Options) -> list[Row]:
     """E1: two clients ask for more than their share, one twice as often."""
     rows: list[Row] = []
     found: dict[str, float] = {}
+    leads: dict[str, Points] = {}
+    bound = 0.0
     policies: dict[str, Callable[[], Policy]] = {"fcfs": Fcfs, "vtc": Vtc, "anser": Anser}
     for name, make in policies.items():
         options.tell(f"E1 {name}")
@@ -42,13 +45,33 @@ def overload(options: Options) -> list[Row]:
         trace = run(make(), sources, options.seconds, fleet=_SMALL)
         gap = trace.gap(("one", "two"), window=WINDOW)
         found[name] = gap.measured
+        leads[name] = _lead(trace, "two", "one")
         if name == "anser":
+            bound = gap.bound
             rows.append(at_most("E1 difference", gap.measured, "credits", gap.bound))
         else:
             rows.append(figure(f"E1 {name} difference", gap.measured, "credits"))
     if not options.quick:
         rows.append(at_most("E1 difference / FCFS", found["anser"] / found["fcfs"], "1", 0.2))
+    options.draw(
+        Curves(
+            name="E1 lead of who asks for twice as much",
+            x="seconds",
+            y="credits",
+            lines=leads,
+            limits={"bound": bound},
+        )
+    )
     return rows
+
+
+def _lead(trace: Trace, one: str, other: str) -> Points:
+    pairs = zip(trace.over_time(one), trace.over_time(other), strict=True)
+    return [(at, mine - theirs) for (at, mine), (_, theirs) in pairs]
+
+
+def _draw_service(name: str, lines: Mapping[str, Points], options: Options) -> None:
+    options.draw(Curves(name=name, x="seconds", y="credits received", lines=lines))
 
 
 def weighted(options: Options) -> list[Row]:
@@ -58,6 +81,8 @@ def weighted(options: Options) -> list[Row]:
     sources = [_open(member, _minute(240)) for member in weights]
     trace = run(Anser(), sources, 2 * options.seconds, weights=weights)
     rows = _shares("E2", trace, weights, options, within=0.01)
+    lines = {member: trace.over_time(member) for member in weights}
+    _draw_service("E2 service by weight", lines, options)
     unlike = {f"heavy{n}": weight for n, weight in enumerate((2.0, 1.0, 1.0, 4.0))}
     for label, given in (("equal", dict.fromkeys(unlike, 1.0)), ("2:1:1:4", unlike)):
         for name in ("least loaded", "vtc", "dlpm", "anser"):
@@ -150,6 +175,7 @@ def idleness(options: Options) -> list[Row]:
 
 def _returns(options: Options, unit: float) -> list[Row]:
     rows: list[Row] = []
+    lines: dict[str, Points] = {}
     rules: dict[str, Callable[[], Policy]] = {
         "least counter first": lambda: Vtc(lift=False),
         "vtc": Vtc,
@@ -162,11 +188,13 @@ def _returns(options: Options, unit: float) -> list[Row]:
         trace = run(make(), sources, 5 * unit, fleet=_SMALL)
         service = trace.service(3.2 * unit, 4.9 * unit)
         share = service["one"] / sum(service.values())
+        lines[name] = trace.over_time("one")
         label = f"E3 on_off_overload {name} share after return"
         if name == "anser" and not options.quick:
             rows.append(at_most(label, share, "1", 0.55))
         else:
             rows.append(figure(label, share, "1"))
+    _draw_service("E3 service of who comes back", lines, options)
     return rows
 
 

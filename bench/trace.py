@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from itertools import combinations
 
 from anser.core.fairness import price
+from bench.curves import Points
 from bench.workloads import Ask
 
 __all__ = ["CREDIT", "Gap", "Record", "Trace", "credits", "jain", "percentile"]
@@ -212,6 +213,10 @@ class Trace:
         if until is not None:
             last = [sample.served for sample in self.samples if sample.at <= until][-1]
         return {member: value - first.get(member, 0.0) for member, value in last.items()}
+
+    def over_time(self, member: str) -> Points:
+        """Credits delivered to a member so far, by time."""
+        return [(sample.at, sample.served.get(member, 0.0)) for sample in self.samples]
 
     def gap(
         self,

@@ -87,12 +87,17 @@ class Listening:
 
 @asynccontextmanager
 async def open_platform(
-    settings: Loaded | Config, *, engine: bool = True, progress: Progress | None = None
+    settings: Loaded | Config,
+    *,
+    engine: bool = True,
+    progress: Progress | None = None,
+    scheduler: Callable[[int, int], Scheduler] = Scheduler,
 ) -> AsyncGenerator[Platform]:
     """Open the data folder and all services. Raises ConfigError, StoreError.
 
     `settings` are those that were read, or a Config made by hand. With `engine`, the built-in
-    engine is fetched and loaded in the background.
+    engine is fetched and loaded in the background. `scheduler` makes the scheduler of how many may
+    wait and how often each is tried; a measurement gives another to compare it to.
     """
     loaded = settings if isinstance(settings, Loaded) else Loaded.of(settings)
     config = loaded.config
@@ -109,7 +114,15 @@ async def open_platform(
         stack.push_async_callback(fleet.aclose)
         ledger = Ledger(store, signer, clock)
         hub = Hub(mirrors_for(config.engine.mirrors), DiskBlobs(folder.path / "blobs"))
-        gateway = _gateway(config, clock, members, fleet, ledger, hub)
+        gateway = Gateway(
+            scheduler=scheduler(config.gateway.queued_max, RETRIES_MAX),
+            members=members,
+            fleet=fleet,
+            ledger=ledger,
+            clock=clock,
+            settings=config.gateway,
+            factor_of=hub.factor_milli,
+        )
         services = Services(
             loaded=loaded,
             clock=clock,
@@ -131,20 +144,6 @@ async def open_platform(
             admin_app=admin_app(services),
             data_dir=folder,
         )
-
-
-def _gateway(
-    config: Config, clock: SystemClock, members: Members, fleet: Fleet, ledger: Ledger, hub: Hub
-) -> Gateway:
-    return Gateway(
-        scheduler=Scheduler(config.gateway.queued_max, RETRIES_MAX),
-        members=members,
-        fleet=fleet,
-        ledger=ledger,
-        clock=clock,
-        settings=config.gateway,
-        factor_of=hub.factor_milli,
-    )
 
 
 def _contribution(config: Config, gateway: Gateway) -> Contribution:

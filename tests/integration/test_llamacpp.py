@@ -54,6 +54,23 @@ async def engine() -> AsyncGenerator[LlamaCppEngine]:
 # ------------------------------------------------------------------------ answers
 
 
+async def test_a_chat_goes_on_from_its_cache_though_others_had_its_slot() -> None:
+    """What a slot held is kept when another member's request takes it, or whoever chats beside many
+    others would have all of the chat read anew at each turn."""
+    engine = LlamaCppEngine(MODEL, EngineSettings(slots=1, context_tokens=512))
+    await engine.start(model_path())
+    words = "tree river stone house light " * 12
+    try:
+        cached: list[int] = []
+        for text in (words, "Anything else. " * 30, "Another thing. " * 30, words + "Go on."):
+            usage = (await collect(engine, chat(text)))[-1]["usage"]
+            cached.append(usage["prompt_tokens_details"]["cached_tokens"])
+    finally:
+        await engine.aclose()
+    assert cached[3] > 50
+    assert max(cached[:3]) < 30
+
+
 async def test_a_seed_repeats_an_answer(engine: LlamaCppEngine) -> None:
     """The same seed gives the same answer, another one another."""
     ask = {"temperature": 1.2, "max_tokens": 24}

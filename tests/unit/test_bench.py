@@ -9,17 +9,31 @@ import sys
 from pathlib import Path
 
 import pytest
+from matplotlib.image import imread
 
 from anser.cli.app import main
+from anser.core.errors import AnserError
 from bench import fairness, scheduler
+from bench.curves import Curves, drawer
 from bench.engine_model import FLEET, Answer, Engine
-from bench.policies import POLICIES
+from bench.policies import POLICIES, Fcfs
+from bench.real import FirstCome
 from bench.rows import Options, Row
 from bench.trace import jain, percentile
-from bench.workloads import Rate, Text, chats, leaving, openly
+from bench.workloads import Rate, Source, Text, chats, leaving, openly
 from bench.world import Fault, run
 
 _EXACT = ("difference / bound", "lost requests", "charged less delivered")  # whatever the size
+
+
+def shows_lines(path: Path) -> bool:
+    """Whether it is a picture with lines in colour in it."""
+    picture = imread(path)
+    assert picture.shape[0] > 400
+    assert picture.shape[1] > 600
+    colours = picture[..., :3]
+    coloured = colours.max(axis=2) - colours.min(axis=2) > 0.3
+    return bool(coloured.mean() > 0.001)
 
 
 @pytest.fixture
@@ -38,11 +52,16 @@ def traces(tmp_path: Path) -> Path:
     return tmp_path
 
 
-@pytest.mark.parametrize("name", fairness.EXPERIMENTS)
-def test_an_experiment_runs(name: str, traces: Path) -> None:
-    """Each gives named figures, and those that do not depend on its size meet their targets."""
-    rows = fairness.measure(Options(quick=True, traces=traces), name)
+@pytest.mark.parametrize("name", [n for n in fairness.EXPERIMENTS if n not in fairness.REAL])
+def test_an_experiment_runs(name: str, traces: Path, tmp_path: Path) -> None:
+    """Each gives named figures, and those that do not depend on its size meet their targets; those
+    with curves draw them."""
+    options = Options(quick=True, traces=traces, draw=drawer(tmp_path / "curves"))
+    rows = fairness.measure(options, name)
     assert rows
+    pictures = list((tmp_path / "curves").iterdir())
+    assert bool(pictures) == (name in {"E1", "E2", "E3", "E5", "E6"})
+    assert all(one.name.startswith(f"{name}-") and shows_lines(one) for one in pictures)
     assert all(row.name.startswith(f"{name} ") and row.unit for row in rows)
     assert len({row.name for row in rows}) == len(rows)
     assert all((row.holds is None) == (not row.target) for row in rows)
@@ -54,6 +73,22 @@ def test_without_traffic_its_replay_is_left_out_and_said() -> None:
     told: list[str] = []
     assert fairness.measure(Options(quick=True, tell=told.append), "E7") == []
     assert [line for line in told if "--traces" in line]
+
+
+def test_without_a_model_what_needs_one_is_left_out_and_said(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """What was measured until then is not lost, unless it is just this that was asked for."""
+    monkeypatch.setenv("ANSER_DATA_DIR", str(tmp_path))
+    monkeypatch.setenv("ANSER_ENGINE_MODEL", str(tmp_path / "none.gguf"))
+    all_of_them = {"E11": fairness.EXPERIMENTS["E11"], "real": fairness.EXPERIMENTS["real"]}
+    monkeypatch.setattr(fairness, "EXPERIMENTS", all_of_them)
+    told: list[str] = []
+    options = Options(quick=True, tell=told.append)
+    assert fairness.measure(options)
+    assert told[-1].startswith("real is left out: ")
+    with pytest.raises(AnserError, match=r"none\.gguf"):
+        fairness.measure(options, "real")
 
 
 @pytest.mark.parametrize("name", POLICIES)
@@ -133,6 +168,51 @@ def test_the_command_prints_its_figures(capsys: pytest.CaptureFixture[str]) -> N
     assert "E1 difference" in capsys.readouterr().out
     assert main(["bench", "fairness", "--experiment", "E99"]) == 1
     assert "E11" in capsys.readouterr().err
+
+
+def test_a_picture_is_named_for_what_it_shows(tmp_path: Path) -> None:
+    """Whatever is in the name, there is one file of that name, in a folder that is made."""
+    lines = {"one": [(0.0, 1.0), (1.0, 2.0)]}
+    draw = drawer(tmp_path / "a" / "b")
+    draw(Curves(name="E0 a/../b, c", x="s", y="1", lines=lines, limits={"bound": 3.0}))
+    draw(Curves(name="E0 empty", x="s", y="1", lines={"none": []}, log_x=True))
+    found = sorted(path.name for path in (tmp_path / "a" / "b").iterdir())
+    assert found == ["E0-a-b-c.png", "E0-empty.png"]
+    assert shows_lines(tmp_path / "a" / "b" / found[0])
+
+
+@pytest.mark.parametrize("folder", ["new", "file", "file/below"])
+def test_what_curves_need_is_said_before_anything_is_measured(
+    folder: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Without matplotlib, or without a folder, the command says so and the way out, at once."""
+    (tmp_path / "file").touch()
+    if folder == "new":
+        monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    assert main(["bench", "fairness", "--curves", str(tmp_path / folder)]) == 1
+    told = capsys.readouterr()
+    assert ("pip install matplotlib" if folder == "new" else "folder for curves") in told.err
+    assert told.out == ""
+    assert "E1" not in told.err
+
+
+def test_first_come_first_served_is_just_that() -> None:
+    """The baseline of the experiment on real engines serves in the order of the readable one."""
+
+    class Paying(FirstCome):
+        def paid(self) -> dict[str, int]:
+            return {}
+
+    def sources() -> list[Source]:
+        rate = Rate(per_s=3, prompt=300, output=200)
+        return [*chats(3, 6), openly("flood", random.Random(4), rate)]
+
+    runs = [
+        run(policy, sources(), 90, fleet=FLEET[3:]) for policy in (Fcfs(), Paying(1_000_000, 3))
+    ]
+    first, second = ([(r.at, r.first_at, r.ended_at) for r in one.records] for one in runs)
+    assert len({record.ask.member for record in runs[0].records if record.first_at}) > 3
+    assert first == second
 
 
 def test_the_command_wants_a_checkout(

@@ -43,6 +43,14 @@ def part(chunk: object, index: int = 0) -> Part:
     return Part(index=index, piece=Piece(data=data))
 
 
+def begun(answers: int = 1) -> Rewriter:
+    """One whose answers have had their first chunks."""
+    found = rewriter(answers)
+    for index in range(answers):
+        found.chunk(part({"choices": [{"delta": {"role": "assistant"}}]}, index))
+    return found
+
+
 def rewritten(chunk: object, *, of: Rewriter | None = None, index: int = 0) -> Any:
     data = (of or rewriter()).chunk(part(chunk, index))
     return None if data is None else json.loads(data)
@@ -61,7 +69,7 @@ def test_what_is_not_the_platforms_goes_on_byte_for_byte() -> None:
     """Numbers, escapes and fields that nobody here knows are the engine's to the last byte."""
     delta = b'{"content": "\\u00e9\\/ \xc3\xa9", "x_new": 1.50e+01}'
     data = b'{"x_more": [1.0, 12345678901234567890], "choices": [{"delta": %b, "x": 0.10}]}' % delta
-    sent = rewriter().chunk(part(data))
+    sent = begun().chunk(part(data))
     assert sent is not None
     for same in (b'"x_more":[1.0, 12345678901234567890]', b'"delta":' + delta, b'"x":0.10'):
         assert same in sent
@@ -103,7 +111,9 @@ def test_what_is_no_chunk_is_the_engines_failure(chunk: bytes) -> None:
 def test_reasoning_is_streamed_under_both_names(name: str) -> None:
     """Engines differ in the name of reasoning; clients find it under either."""
     for other in ({}, {"reasoning": None, "reasoning_content": None}):
-        delta = rewritten({"choices": [{"delta": {**other, name: "hm"}}]})["choices"][0]["delta"]
+        delta = rewritten({"choices": [{"delta": {**other, name: "hm"}}]}, of=begun())["choices"][
+            0
+        ]["delta"]
         assert delta == {"reasoning": "hm", "reasoning_content": "hm"}
 
 
@@ -111,8 +121,35 @@ def test_a_delta_without_reasoning_stays_as_it_is() -> None:
     """Only what an engine has sent gets a second name."""
     for delta in ({"content": '"reasoning'}, {"reasoning": "a", "reasoning_content": "b"}, None):
         for answers in (1, 2):
-            chunk = rewritten({"choices": [{"delta": delta}]}, of=rewriter(answers))
+            chunk = rewritten({"choices": [{"delta": delta}]}, of=begun(answers))
             assert chunk["choices"][0]["delta"] == delta
+
+
+@pytest.mark.parametrize("told", [{}, {"role": None}, {"role": "assistant"}])
+def test_a_chat_begins_with_its_role(told: dict[str, str | None]) -> None:
+    """llama.cpp's server leaves it out if its first token is no whole character: a client's first
+    delta has it all the same, later ones do not, and what else the engine sent is as it was."""
+    chat = rewriter()
+    assert rewritten({"choices": [{"delta": None}]}, of=chat)["choices"][0]["delta"] is None
+    sent = chat.chunk(part(b'{"choices":[{"delta":{%b"content":"\\u00e9"}}]}' % _members(told)))
+    assert sent is not None
+    assert b'"content":"\\u00e9"' in sent
+    assert sent.count(b'"role"') == 1
+    assert json.loads(sent)["choices"][0]["delta"] == {"role": "assistant", "content": "é"}
+    assert rewritten({"choices": [{"delta": {}}]}, of=chat)["choices"][0]["delta"] == {}
+
+
+def _members(values: dict[str, str | None]) -> bytes:
+    """As the beginning of a JSON object."""
+    return "".join(
+        f"{json.dumps(name)}:{json.dumps(value)}," for name, value in values.items()
+    ).encode()
+
+
+def test_only_a_chat_has_a_role() -> None:
+    """A text completion is passed on without one."""
+    choice = rewritten({"choices": [{"text": "a"}]}, of=rewriter(route=Route.COMPLETIONS))
+    assert choice["choices"] == [{"text": "a", "index": 0}]
 
 
 def test_logprobs_of_text_have_openais_form() -> None:

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from anser.core.errors import EngineBroken
+from anser.core.limits import PROMPT_CACHE_MIB
 from anser.ports import Route
 
 __all__ = ["Callback", "Native", "Plan", "library_version", "usable_cores"]
@@ -130,7 +131,8 @@ def _parameters(library: Any, path: Path, model_id: str, plan: Plan) -> Any:
     parameters.n_batch = parameters.n_ubatch = plan.batch_tokens
     parameters.cpuparams.n_threads = plan.decode_threads
     parameters.cpuparams_batch.n_threads = plan.batch_threads
-    parameters.cache_ram_mib = 0  # each slot keeps its own last prompt; no second store
+    # A slot keeps its last prompt only, and the next request may be another member's.
+    parameters.cache_ram_mib = 0 if plan.embeds else PROMPT_CACHE_MIB
     parameters.fit_params = False  # it would try other sizes than those asked for
     parameters.warmup = False
     parameters.offline = True

@@ -3,8 +3,8 @@
 An answer has one identity, whichever engines made it: `id`, `object`, `created` and `model` of
 every chunk are the platform's, so is each choice's `index`. Usage is taken out: the platform
 reports its own count. Reasoning is there under both of its names, log probabilities of
-/v1/completions in OpenAI's form. All else is spliced in byte for byte, undecoded. A chunk that is
-left without a choice is dropped.
+/v1/completions in OpenAI's form. A chat begins with its role, also where an engine leaves that out.
+All else is spliced in byte for byte, undecoded. A chunk that is left without a choice is dropped.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ _CHOICES = msgspec.json.Decoder(list[_Fields])
 _LOGPROBS = msgspec.json.Decoder(dict[str, object] | None)
 _NONE = Raw(b"[]")
 _NULL = Raw(b"null")
+_ASSISTANT = Raw(b'"assistant"')
 _REASONING = b'"reasoning'
 _NAMES = ("reasoning", "reasoning_content")
 
@@ -36,13 +37,15 @@ _NAMES = ("reasoning", "reasoning_content")
 class Rewriter:
     """The chunks of one request's answers; `head` is what every chunk says of the answer."""
 
-    __slots__ = ("_head", "_indices", "_logprobs", "_opens")
+    __slots__ = ("_begins", "_head", "_indices", "_logprobs", "_opens")
 
     def __init__(self, asked: Asked, head: dict[str, object]) -> None:
         self._head = {name: Raw(msgspec.json.encode(value)) for name, value in head.items()}
         count = len(asked.demands)
         self._indices = [Raw(b"%d" % index) for index in range(count)]
-        self._opens = count > 1 and asked.demands[0].route is Route.CHAT
+        is_chat = asked.demands[0].route is Route.CHAT
+        self._opens = count > 1 and is_chat
+        self._begins = count == 1 and is_chat  # no delta has come yet
         self._logprobs = [TextLogprobs() for _ in asked.demands] if asked.text_logprobs else []
 
     def __repr__(self) -> str:
@@ -77,6 +80,8 @@ class Rewriter:
         choice["index"] = self._indices[index]
         if "delta" in choice and (reasons or self._opens):
             choice["delta"] = self._delta(choice["delta"])
+        if self._begins and "delta" in choice:
+            choice["delta"] = self._first(choice["delta"])
         if self._logprobs:
             logprobs = _LOGPROBS.decode(choice.get("logprobs", _NULL))
             if logprobs is not None:
@@ -93,3 +98,16 @@ class Rewriter:
             if name in delta and bytes(delta.get(other, _NULL)) == b"null":
                 delta[other] = delta[name]
         return Raw(msgspec.json.encode(delta))
+
+    def _first(self, raw: Raw) -> Raw:
+        """The answer's first delta, with a role.
+
+        llama.cpp's server tells it with the first whole character, or never.
+        """
+        if bytes(raw) == b"null":
+            return raw
+        self._begins = False
+        delta = _CHUNK.decode(raw)
+        if bytes(delta.get("role", _NULL)) != b"null":
+            return raw
+        return Raw(msgspec.json.encode({"role": _ASSISTANT} | delta | {"role": _ASSISTANT}))

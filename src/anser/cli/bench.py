@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
@@ -44,12 +45,25 @@ class _Bench(Protocol):
         ...
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Folders:
+    """What a measurement reads and draws."""
+
+    traces: Path | None = None
+    """Folder with recorded traffic; without it, what replays some is left out."""
+    curves: Path | None = None
+    """Folder for pictures of what has curves; matplotlib draws them."""
+
+
+_NO_FOLDERS = Folders()
+
+
 def bench(
     name: Literal["fairness", "scheduler"],
     /,
     *,
     experiment: str | None = None,
-    traces: Path | None = None,
+    folders: Annotated[Folders, Parameter(name="*")] = _NO_FOLDERS,
     seeds: Annotated[int, Parameter(validator=validators.Number(gte=1, lte=100))] = 3,
     quick: Annotated[bool, Parameter(negative="", show_default=False)] = False,
     at: Shaped = PLAIN,
@@ -62,8 +76,6 @@ def bench(
     ----------
     experiment
         Only this one of the experiments of `fairness`, like E5.
-    traces
-        Folder with recorded traffic; without it, what replays some is left out.
     seeds
         Runs of each kind, each with chances of its own.
     quick
@@ -75,7 +87,8 @@ def bench(
         known = ", ".join(module.EXPERIMENTS) or "-"
         raise AnserError(tr("bench.unknown", name=name, known=known))
     make = cast("Callable[..., Any]", import_module("bench.rows").Options)
-    options = make(seeds=seeds, quick=quick, traces=traces, tell=_tell)
+    more = {} if folders.curves is None else {"draw": _drawer(folders.curves)}
+    options = make(seeds=seeds, quick=quick, traces=folders.traces, tell=_tell, **more)
     rows = module.measure(options, experiment)
     if at.json:
         print_json([_json(row) for row in rows])
@@ -95,6 +108,16 @@ def _load() -> None:
     assert spec.loader is not None
     module = sys.modules["bench"] = module_from_spec(spec)
     spec.loader.exec_module(module)
+
+
+def _drawer(folder: Path) -> object:
+    """What draws into `folder`; said before anything is measured if it cannot."""
+    try:
+        return import_module("bench.curves").drawer(folder)
+    except ImportError as error:
+        raise AnserError(tr("bench.matplotlib", python=sys.executable)) from error
+    except OSError as error:
+        raise AnserError(tr("bench.folder", folder=folder, reason=error.strerror)) from error
 
 
 def _tell(step: str) -> None:

@@ -59,6 +59,7 @@ __all__ = [
     "NODE_SLOTS_MAX",
     "PACKAGE_INDEX_TIMEOUT_S",
     "PROMPTS_MAX",
+    "PROMPT_CACHE_MIB",
     "QUEUED_MAX",
     "QUEUE_TIMEOUT_S",
     "RECEIPTS_PENDING_MAX",
@@ -175,6 +176,7 @@ INSPECTIONS_MAX = 16  # nodes looked at at once
 # What the engine in this process may take.
 LOAD_TIMEOUT_S = 300.0
 ABORT_WAIT_S = 30.0  # for an abandoned answer's last step; longer, and its slot stays taken
+PROMPT_CACHE_MIB = 256  # of prompts and answers that have left their slots, kept to go on from
 EMBEDDING_TOKENS_MAX = 2_048  # per input: the model must see it in one step
 TEMPLATE_CHECK_TIMEOUT_S = 10.0
 
