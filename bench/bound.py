@@ -51,17 +51,21 @@ class Side:
 
 
 class Pair:
-    """Two siblings, from when both wait for the same slots."""
+    """Two siblings, from when both wait for the same slots.
 
-    __slots__ = ("_first", "_least", "_most", "_second")
+    `drawn` is how far a third one had drawn them apart before: who comes is lifted to the least key
+    of all that wait, which is lower by what was taken back of that one.
+    """
 
-    def __init__(self, first: Side, second: Side) -> None:
-        self._first, self._second = first, second
+    __slots__ = ("_drawn", "_first", "_least", "_most", "_second")
+
+    def __init__(self, first: Side, second: Side, *, drawn: float = 0.0) -> None:
+        self._first, self._second, self._drawn = first, second, drawn
         self._least = self._most = first.served - second.served
 
     def part(self, window: float) -> float:
         """How much of their bound they are apart: above 1.0 it is broken."""
         ahead = self._first.served - self._second.served
         self._least, self._most = min(self._least, ahead), max(self._most, ahead)
-        bound = self._first.slack + self._second.slack + 2 * window
+        bound = self._first.slack + self._second.slack + 2 * window + self._drawn
         return (self._most - self._least) / bound if bound else 0.0

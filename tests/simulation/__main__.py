@@ -7,10 +7,13 @@ end of its story.
 from __future__ import annotations
 
 import argparse
+import logging
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+
+import structlog
 
 from tests.simulation.story import aloud, failure
 
@@ -54,4 +57,6 @@ def _failures(seeds: range, jobs: int) -> Iterator[tuple[int, str | None]]:
 
 
 if __name__ == "__main__":
+    logging.disable()  # the story says it all
+    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.CRITICAL))
     sys.exit(main(sys.argv[1:]))

@@ -61,6 +61,7 @@ class CheckedScheduler(Scheduler):
         self.books = Books(self, limits_of)
         self.siblings = Siblings(self._shares._root, self.books, rules.window)
         self.events = 0
+        self.broken: AssertionError | None = None  # the first; what follows comes of it
         self._passed: Counter[str] = Counter()  # requests, by how many of their member's others
         self.out_of_tries: set[str] = set()
         self.pushed_out: set[str] = set()  # of a full queue, by others
@@ -68,6 +69,13 @@ class CheckedScheduler(Scheduler):
     def handle(self, event: Event, now: float) -> list[Decision]:
         """Handle and check."""
         self.events += 1
+        try:
+            return self._handle(event, now)
+        except AssertionError as error:
+            self.broken = self.broken or error
+            raise
+
+    def _handle(self, event: Event, now: float) -> list[Decision]:
         job = self._note(event)
         decisions = super().handle(event, now)
         if self._oracle is not None:

@@ -9,9 +9,9 @@ as that put them, and meet again once their keys are back within the band. So ar
 third one that is apart has drawn along, as who comes is lifted to the least key of all, and those
 whose pools have become one.
 
-Everybody else must come into a meeting within the band: a newcomer's key is the least of those who
-wait, so it is behind the others by Q, by what they run, and by what may be taken back of the one
-that was least.
+Everybody else must come into a meeting within the band, behind the other by no more than Q, what
+that one runs, and what may be taken back; if not of the two, then of a third one, to whose level
+they came (`Pair.drawn`).
 """
 
 from __future__ import annotations
@@ -102,12 +102,14 @@ class Siblings:
                 self.worst = max(self.worst, part)
                 who = f"{meeting.one.member} and {meeting.other.member}"
                 assert part <= 1.0 + _ROUNDING, f"{who} are {part:.3f} of their bound apart"
-            elif self._in_band(meeting):
+                continue
+            drawn, most = self._out_of_band(meeting)
+            if drawn <= most:
                 self.met += 1
                 one, other = self._books.entry(meeting.one), self._books.entry(meeting.other)
-                meeting.pair, meeting.apart = Pair(one.side, other.side), False
+                meeting.pair, meeting.apart = Pair(one.side, other.side, drawn=drawn), False
             else:
-                assert excused or self._drawn(meeting, parent), _out_of_band(meeting)
+                assert excused or self._drawn(meeting, parent), _described(meeting)
                 meeting.apart = True
 
     def _drawn(self, meeting: _Meeting, parent: Account) -> bool:
@@ -117,19 +119,20 @@ class Siblings:
             for other in self._meetings.values()
         )
 
-    def _in_band(self, meeting: _Meeting) -> bool:
+    def _out_of_band(self, meeting: _Meeting) -> tuple[float, float]:
+        """How far their keys are out of their own band, and how far a third may have drawn them."""
         pool = meeting.pool
         behind, ahead = sorted(
             (meeting.one, meeting.other), key=lambda account: account.key_in(pool)
         )
         assert behind.parent is not None
-        taken_back = max(
-            self._books.entry(account).side.reserved
+        reserved = {
+            account: self._books.entry(account).side.reserved
             for account in behind.parent.children.values()
-            if account is not ahead
-        )
-        band = self._window + self._books.entry(ahead).side.slack + taken_back
-        return ahead.key_in(pool) - behind.key_in(pool) <= band
+        }
+        band = self._window + self._books.entry(ahead).side.slack + reserved[behind]
+        gap = ahead.key_in(pool) - behind.key_in(pool)
+        return max(0.0, gap - band), max(reserved.values())
 
     def _meeting(self, pool: Pool, one: Account, other: Account) -> _Meeting:
         key = (pool, frozenset((one, other)))
@@ -151,7 +154,7 @@ def _parents(account: Account) -> Iterator[Account]:
         yield from _parents(child)
 
 
-def _out_of_band(meeting: _Meeting) -> str:
+def _described(meeting: _Meeting) -> str:
     one, other, pool = meeting.one, meeting.other, meeting.pool
     keys = f"{one.member} at {one.key_in(pool)}, {other.member} at {other.key_in(pool)}"
     return f"who comes is not at the level of who waits: {keys}"

@@ -54,11 +54,11 @@ def _beginning(world: World) -> str:
 
 
 def _cause(world: World) -> str | None:
-    """The innermost failure of this world's life, and where it was raised."""
+    """The first failure of this world's life, and where it was raised."""
     try:
         live(world)
     except Exception as raised:  # noqa: BLE001  whatever it is, the seed is the report
-        error: BaseException = raised
+        error: BaseException = world.scheduler.broken or raised
         while isinstance(error, BaseExceptionGroup):
             error = error.exceptions[0]
         where = traceback.extract_tb(error.__traceback__)[-1]

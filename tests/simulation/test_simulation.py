@@ -1,4 +1,4 @@
-"""Two hundred worlds, each from a seed: `python -m tests.simulation SEED` tells the story of one."""
+"""Two hundred worlds, each from a seed: `python -m tests.simulation SEED` tells a story."""
 
 from __future__ import annotations
 

@@ -362,14 +362,13 @@ async def test_who_leaves_as_its_node_goes_leaves_no_error_behind() -> None:
     node = MemoryEngine(slots=1, pace=SLOW)
     async with open_pool({}, more={"a": node}) as pool:
         await pool.fleet.add(Node(id="a", url="http://a.example"))
-        async with pool.gateway.answer(demand("first", **LONG)):
-            waiting = asyncio.create_task(read(pool, demand("second")))
+        async with pool.gateway.answer(demand("first", **LONG)), asyncio.TaskGroup() as group:
+            waiting = group.create_task(read(pool, demand("second")))
             await asyncio.sleep(0)
             assert pool.gateway.scheduler.queued == 1
             await pool.fleet.remove("a")
             waiting.cancel()
-            await asyncio.wait({waiting})
-            assert waiting.cancelled()
+        assert waiting.cancelled()
         del waiting
         gc.collect()
     assert nobody == []
