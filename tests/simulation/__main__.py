@@ -7,15 +7,13 @@ end of its story.
 from __future__ import annotations
 
 import argparse
-import logging
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 
-import structlog
-
-from tests.simulation.story import aloud, failure
+from tests.simulation.story import aloud, failure, quiet
 
 _TOLD_EVERY_S = 30.0
 _SHARE = 10  # seeds that a process takes at once
@@ -52,11 +50,10 @@ def _failures(seeds: range, jobs: int) -> Iterator[tuple[int, str | None]]:
     if jobs == 1:
         yield from zip(seeds, map(failure, seeds), strict=True)
         return
-    with ProcessPoolExecutor(jobs) as pool:
+    with ProcessPoolExecutor(jobs, get_context("spawn"), initializer=quiet) as pool:
         yield from zip(seeds, pool.map(failure, seeds, chunksize=_SHARE), strict=True)
 
 
 if __name__ == "__main__":
-    logging.disable()  # the story says it all
-    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.CRITICAL))
+    quiet()
     sys.exit(main(sys.argv[1:]))

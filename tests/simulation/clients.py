@@ -164,7 +164,11 @@ class Client:
         assert off <= LIE_TOKENS * lied, "delivered is not what is receipted"
         assert receipt.member == self.plan.member
         assert receipt.model == self.plan.model
-        assert receipt.queued_ms <= receipt.ended_ms
+        leases = [ms for lease in receipt.leases for ms in (lease.started_ms, lease.ended_ms)]
+        first = [] if receipt.first_token_ms is None else [receipt.first_token_ms]
+        for moments in (leases, first):  # whatever the wall clock did meanwhile
+            whole = [receipt.queued_ms, *moments, receipt.ended_ms]
+            assert whole == sorted(whole), "time went back"
         assert sum(lease.error is None for lease in receipt.leases) <= 1
         assert len({lease.lease for lease in receipt.leases}) == len(receipt.leases)
         if self.finishes:

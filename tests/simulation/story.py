@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import logging
 import traceback
+
+import structlog
 
 from tests.simulation.world import World, live
 
-__all__ = ["aloud", "failure"]
+__all__ = ["aloud", "failure", "quiet"]
 
 _LINES = 25  # of the end of a story
+
+
+def quiet() -> None:
+    """Log nothing in this process: the story says it all."""
+    logging.disable()
+    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.CRITICAL))
 
 
 def aloud(seed: int) -> int:

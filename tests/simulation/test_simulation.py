@@ -160,6 +160,12 @@ def test_a_failing_seed_tells_its_story(
     assert main(["3"]) == 1
 
 
+def test_processes_share_the_seeds(capsys: pytest.CaptureFixture[str]) -> None:
+    """Two of them find the same as one."""
+    assert main(["3", "7", "--jobs", "2"]) == 0
+    assert "4 seeds, 0 failed: []" in capsys.readouterr().out
+
+
 def test_virtual_time_jumps_and_nothing_sleeps() -> None:
     """A day passes at once, in the order of its timers, and each jump is told."""
     clock, jumps, order = MemoryClock(), list[float](), list[float]()
