@@ -65,7 +65,7 @@ class Act(enum.Enum):
     JUMP = "the wall clock jumps"
     DISK_FULL = "the store takes no more writes"
     DISK_FREE = "it does again"
-    WEIGH = "a member is added"
+    JOIN = "a member is added"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

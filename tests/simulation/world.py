@@ -1,8 +1,9 @@
 """One seeded world: a whole gateway, its machines, its clients, and what befalls them.
 
-At each event the scheduler is checked against its oracle; whenever all that could happen at a
-moment has happened, every part's invariants; and at the end, each client's story against the
-ledger's. Nothing but the seed decides what happens.
+At each event the scheduler is held against the rules (`checked`), and what a lease pays against
+what its machine made; whenever all that could happen at a moment has happened, its invariants, and
+now and then those of every other part; at the end, each client's story against the ledger's.
+Nothing but the seed decides what happens.
 """
 
 from __future__ import annotations
