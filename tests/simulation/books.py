@@ -95,6 +95,11 @@ class Books:
             entry = self._entries[account] = Entry(account.weight)
         return entry
 
+    def reserved(self, parent: Account) -> float:
+        """The most that was taken back of any account below `parent`, also of forgotten ones."""
+        entries = self._entries.items()
+        return max(entry.side.reserved for account, entry in entries if account.parent is parent)
+
     def started(self, job: Job) -> None:
         """It has been given a slot, and pays its prompt as far as that is not cached."""
         prompt, cached = job.request.prompt_tokens, job.cached

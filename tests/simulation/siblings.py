@@ -126,13 +126,10 @@ class Siblings:
             (meeting.one, meeting.other), key=lambda account: account.key_in(pool)
         )
         assert behind.parent is not None
-        reserved = {
-            account: self._books.entry(account).side.reserved
-            for account in behind.parent.children.values()
-        }
-        band = self._window + self._books.entry(ahead).side.slack + reserved[behind]
+        reserved = self._books.entry(behind).side.reserved
+        band = self._window + self._books.entry(ahead).side.slack + reserved
         gap = ahead.key_in(pool) - behind.key_in(pool)
-        return max(0.0, gap - band), max(reserved.values())
+        return max(0.0, gap - band), self._books.reserved(behind.parent)
 
     def _meeting(self, pool: Pool, one: Account, other: Account) -> _Meeting:
         key = (pool, frozenset((one, other)))
