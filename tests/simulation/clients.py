@@ -147,7 +147,8 @@ class Client:
         if self.out_of_tries and not self.left:
             assert isinstance(self.error, EngineError), "no word of its nodes"
         if self.pushed_out and not self.left:
-            assert isinstance(self.error, Overloaded), "no word of the full queue"
+            # Or it had just been told that its model has gone.
+            assert isinstance(self.error, Overloaded | NoNode), "no word of the full queue"
         refused = isinstance(self.error, _REFUSED) and not self.pushed_out
         if not self.asked or refused:
             assert receipts == [], "a receipt of what was never admitted"
