@@ -25,6 +25,7 @@ from anser.core.events import (
 from anser.core.fairness import price
 from anser.core.ledger import Usage
 from anser.core.rules import DESIGN
+from bench.bound import Pair, Side
 from bench.policies import Anser
 from bench.rows import Options, Row, at_most, figure
 
@@ -71,31 +72,21 @@ def _price(usage: Usage) -> int:
 
 
 @dataclass(slots=True)
-class _Side:
-    """One member's service, and the extremes of what its bound is made of."""
+class _Member:
+    """One member, and what of its service has ended."""
 
-    weight: int
+    weight: int  # shares
     ended: int = 0  # the price of what leases that have ended delivered
-    due: int = 0
-    due_most: int = 0
-    reserved_most: int = 0
-    reserved_least: int = 0
-    served: int = 0
-
-    def bound(self) -> float:
-        """(U + R) / phi."""
-        return (self.due_most + self.reserved_most - self.reserved_least) / self.weight
+    side: Side = field(default_factory=Side)
 
 
 @dataclass(slots=True)
 class _Pool:
     draw: random.Random
     policy: Anser = field(default_factory=Anser)
-    sides: dict[str, _Side] = field(default_factory=dict[str, _Side])
+    members: dict[str, _Member] = field(default_factory=dict[str, _Member])
     leases: dict[str, _Lease] = field(default_factory=dict[str, _Lease])
-    ahead: dict[tuple[str, str], tuple[float, float]] = field(
-        default_factory=dict[tuple[str, str], tuple[float, float]]
-    )
+    pairs: list[Pair] = field(default_factory=list[Pair])
     now: float = 0.0
     asked: int = 0
     worst: float = 0.0
@@ -105,18 +96,20 @@ class _Pool:
         draw = self.draw
         for number in range(draw.randint(2, 5)):
             name, weight = f"m{number}", draw.choice((1, 2, 4))
-            self.sides[name] = _Side(weight)
+            self.members[name] = _Member(weight)
             self.tell(Weighed(member=name, weight=1_000 * weight))
-        for name in self.sides:
+        sides = [member.side for member in self.members.values()]
+        self.pairs = [Pair(one, other) for one, other in combinations(sides, 2)]
+        for name in self.members:
             self.top_up(name)
         for number in range(draw.randint(1, 5)):
             slots, models = draw.randint(1, 8), frozenset(("m",))
             self.tell(NodeChanged(node=f"n{number}", slots=slots, models=models))
-            for name in self.sides:
+            for name in self.members:
                 self.top_up(name)
         for _ in range(_STEPS):
             self.step()
-            for name in self.sides:
+            for name in self.members:
                 self.top_up(name)
             self.compare()
         return self.worst
@@ -156,7 +149,7 @@ class _Pool:
         """A lease writes, ends or fails."""
         id = self.draw.choice(list(self.leases))
         lease = self.leases[id]
-        side = self.sides[lease.request.member]
+        member = self.members[lease.request.member]
         if self.draw.random() < 0.02 and not lease.written:
             del self.leases[id]
             self.tell(Failed(lease=id, delivered=Usage(), retry=False))
@@ -167,30 +160,25 @@ class _Pool:
             self.tell(Progressed(lease=id, tokens=tokens))
             return
         del self.leases[id]
-        side.ended += lease.delivered()
+        member.ended += lease.delivered()
         self.tell(Finished(lease=id, usage=lease.usage(lease.written)))
 
     def compare(self) -> None:
         """Nobody is further ahead of anybody than the bound of what has happened so far."""
-        for side in self.sides.values():
-            side.due, side.served = 0, side.ended
+        served = {name: member.ended for name, member in self.members.items()}
+        due = dict.fromkeys(self.members, 0)
         for lease in self.leases.values():
-            side = self.sides[lease.request.member]
-            side.due += lease.due()
-            side.served += lease.delivered()
-        for name, paid in self.policy.paid().items():
-            side = self.sides[name]
-            reserved = paid - side.served
-            side.due_most = max(side.due_most, side.due)
-            side.reserved_most = max(side.reserved_most, reserved)
-            side.reserved_least = min(side.reserved_least, reserved)
-        for pair in combinations(self.sides.items(), 2):
-            (one, first), (other, second) = pair
-            ahead = first.served / first.weight - second.served / second.weight
-            least, most = self.ahead.get((one, other), (ahead, ahead))
-            least, most = self.ahead[one, other] = min(least, ahead), max(most, ahead)
-            bound = first.bound() + second.bound() + 2 * DESIGN.window
-            self.worst = max(self.worst, (most - least) / bound)
+            served[lease.request.member] += lease.delivered()
+            due[lease.request.member] += lease.due()
+        paid = self.policy.paid()
+        for name, member in self.members.items():
+            weight = member.weight
+            member.side.note(
+                served=served[name] / weight,
+                due=due[name] / weight,
+                charged=paid.get(name, 0) / weight,
+            )
+        self.worst = max(self.worst, *(pair.part(DESIGN.window) for pair in self.pairs))
 
 
 def pools(options: Options) -> list[Row]:

@@ -7,6 +7,7 @@ account is forgotten) it follows the real one; everything else it computes by it
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -52,17 +53,16 @@ class Job:
     excluded: set[str] = field(default_factory=set)
     charged: int = 0
     cancelled: bool = False
+    path: Path = field(init=False)  # its accounts from the top; who is no person has its own leaf
+
+    def __post_init__(self) -> None:
+        names = ancestry(self.request.member)
+        self.path = names if len(names) == 3 else (*names, f"{names[-1]} itself")
 
     @property
     def lease(self) -> str:
         """The present lease."""
         return f"{self.request.id}.{self.attempt}"
-
-    @property
-    def path(self) -> Path:
-        """Its accounts from the top, with a leaf of its own for who is no person."""
-        names = ancestry(self.request.member)
-        return names if len(names) == 3 else (*names, f"{names[-1]} itself")
 
 
 @dataclass
@@ -137,19 +137,22 @@ class Oracle:
         real = dict(_accounts(scheduler))
         self._forget(self.books.keys() - real.keys())
         assert real.keys() == self.books.keys()
+        queued = Counter(
+            job.path[:depth] for job in self.waiting() for depth in range(1, len(job.path) + 1)
+        )
         for path, account in real.items():
             books = self.books[path]
             assert account.measure == books.measure
-            self._compare_keys(scheduler, path)
+            self._compare_keys(scheduler, path, account)
             assert account.weight == books.weight
             assert account.service == books.service
-            assert account.queued == self.queued(path)
+            assert account.queued == queued[path]
         assert scheduler.service == self.service
         assert scheduler.dropped == self.dropped
 
-    def _compare_keys(self, scheduler: Scheduler, path: Path) -> None:
+    def _compare_keys(self, scheduler: Scheduler, path: Path, account: Account) -> None:
         """Assert that the keys in all pools are these; where it is not ahead, none is needed."""
-        account, books = dict(_accounts(scheduler))[path], self.books[path]
+        books = self.books[path]
         supplies = scheduler._slots._supplies.items()
         names = {supply.pool: self.pools.cells[model].pool for model, supply in supplies}
         real = {names[pool]: account.key_in(pool) for pool in account.stands}

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from anser.core.errors import (
     AnserError,
+    DeadlineUnreachable,
     EngineError,
     LimitReached,
     ModelNotFound,
@@ -17,8 +18,10 @@ from anser.core.errors import (
     StoreError,
 )
 from anser.core.ledger import Outcome, Receipt, Usage
-from anser.ports import Route
+from anser.core.prefix import chain
+from anser.ports import Clock, Route
 from anser.services.gateway import Demand, Gateway
+from tests.simulation.machines import LIE_TOKENS
 from tests.simulation.plan import Behaviour, ClientPlan
 
 __all__ = ["Client"]
@@ -31,6 +34,7 @@ class Client:
     """One request from its client's side."""
 
     plan: ClientPlan
+    clock: Clock
     tell: Callable[[str], None]
     receipted: Callable[[str], bool]  # whether its receipt is durable now
     asked: bool = False
@@ -55,15 +59,19 @@ class Client:
             Route.EMBEDDINGS: {"input": prompt},
         }
         length = {"max_tokens": plan.tokens_max} if plan.route is not Route.EMBEDDINGS else {}
+        wait_s = plan.deadline_s
         return Demand(
             id=plan.id,
             member=plan.member,
             route=plan.route,
             model=plan.model,
             body=wanted[plan.route] | length,
-            prompt_tokens=plan.words,
+            prompt_tokens=int(plan.words * plan.estimate),
             prompt_bytes=len(prompt),
             output_tokens_max=plan.tokens_max if length else 0,
+            chain=chain(prompt.encode()) if plan.cached else (),
+            batch=plan.batch,
+            deadline=None if wait_s is None else self.clock.now() + wait_s,
         )
 
     async def live(self, gateway: Gateway) -> None:
@@ -127,8 +135,11 @@ class Client:
             self.text += text
             self.tokens += bool(text)
 
-    def check(self, receipts: list[Receipt], expected: str) -> None:
-        """Assert that what it saw and what the ledger says are one story."""
+    def check(self, receipts: list[Receipt], expected: str, *, liars: set[str]) -> None:
+        """Assert that what it saw and what the ledger says are one story.
+
+        Of what came from `liars` the ledger may say a few tokens more or less than came.
+        """
         assert self.finishes <= 1, "two ends"
         assert expected.startswith(self.text), "not the words of the engine"
         if self.error is None and not self.left:
@@ -136,22 +147,29 @@ class Client:
         if self.out_of_tries and not self.left:
             assert isinstance(self.error, EngineError), "no word of its nodes"
         if self.pushed_out and not self.left:
-            assert isinstance(self.error, Overloaded), "no word of the full queue"
+            # Or it had just been told that its model has gone.
+            assert isinstance(self.error, Overloaded | NoNode), "no word of the full queue"
         refused = isinstance(self.error, _REFUSED) and not self.pushed_out
         if not self.asked or refused:
             assert receipts == [], "a receipt of what was never admitted"
-        elif isinstance(self.error, NoNode):  # at the door, or while it waited
+        elif isinstance(self.error, NoNode | DeadlineUnreachable):  # at the door, or later
             assert len(receipts) <= 1, "two receipts"
         else:
             assert len(receipts) == 1, f"{len(receipts)} receipts"
         for receipt in receipts:
-            self._check_receipt(receipt)
+            self._check_receipt(receipt, liars)
 
-    def _check_receipt(self, receipt: Receipt) -> None:
-        assert receipt.usage.completion_tokens == self.tokens, "delivered is not what is receipted"
+    def _check_receipt(self, receipt: Receipt, liars: set[str]) -> None:
+        lied = bool(receipt.leases) and receipt.leases[-1].node in liars
+        off = abs(receipt.usage.completion_tokens - self.tokens)
+        assert off <= LIE_TOKENS * lied, "delivered is not what is receipted"
         assert receipt.member == self.plan.member
         assert receipt.model == self.plan.model
-        assert receipt.queued_ms <= receipt.ended_ms
+        leases = [ms for lease in receipt.leases for ms in (lease.started_ms, lease.ended_ms)]
+        first = [] if receipt.first_token_ms is None else [receipt.first_token_ms]
+        for moments in (leases, first):  # whatever the wall clock did meanwhile
+            whole = [receipt.queued_ms, *moments, receipt.ended_ms]
+            assert whole == sorted(whole), "time went back"
         assert sum(lease.error is None for lease in receipt.leases) <= 1
         assert len({lease.lease for lease in receipt.leases}) == len(receipt.leases)
         if self.finishes:

@@ -1,8 +1,9 @@
 """One seeded world: a whole gateway, its machines, its clients, and what befalls them.
 
-At each event the scheduler is checked against its oracle; whenever all that could happen at a
-moment has happened, every part's invariants; and at the end, each client's story against the
-ledger's. Nothing but the seed decides what happens.
+At each event the scheduler is held against the rules (`checked`), and what a lease pays against
+what its machine made; whenever all that could happen at a moment has happened, its invariants, and
+now and then those of every other part; at the end, each client's story against the ledger's.
+Nothing but the seed decides what happens.
 """
 
 from __future__ import annotations
@@ -19,66 +20,28 @@ from anser.adapters.memory import MemoryClock, MemoryStore
 from anser.adapters.memory_engine import MemoryEngine, Pace
 from anser.adapters.signer import KeyFileSigner
 from anser.core.errors import AnserError, StoreFull
-from anser.core.events import Decision, Event, Refused, Start, Submitted, Why
+from anser.core.events import Failed, Finished
+from anser.core.fairness import price
 from anser.core.fleet import Node
 from anser.core.job import Job
-from anser.core.rules import STRICT, Rules
-from anser.core.scheduler import Scheduler
-from anser.core.slots import NodeSlots
+from anser.core.ledger import Usage
 from anser.ports import Call, Engine, Route
 from anser.services.fleet import Fleet
 from anser.services.gateway import Gateway
 from anser.services.ledger import Ledger
 from anser.services.members import Members
-from tests.property.oracle import Oracle
 from tests.simulation import virtual
+from tests.simulation.checked import CheckedScheduler
 from tests.simulation.clients import Client
-from tests.simulation.machines import Machine
-from tests.simulation.plan import Act, Mishap, Plan, draw_plan
+from tests.simulation.machines import LIE_TOKENS, Machine
+from tests.simulation.plan import Act, Lie, Mishap, Plan, draw_plan
 
-__all__ = ["World", "simulate"]
+__all__ = ["World", "live", "simulate"]
 
-_RETRIES_MAX = 3
+_FACTORS = {"large": 3_000}
+_TEMPLATE_WORDS = 8  # that an engine may add to a prompt
 _LIFE_S = 3_600.0  # nobody may still wait then
 _CHECK_EVERY = 20  # moments
-
-
-class CheckedScheduler(Scheduler):
-    """The real scheduler, each of its decisions checked against the rules.
-
-    By weighted fair queueing alone an oracle says what must be decided; with all rules on, that no
-    decision leaves the window is what can be said.
-    """
-
-    def __init__(self, queued_max: int, rules: Rules) -> None:
-        super().__init__(queued_max, _RETRIES_MAX, rules)
-        self._oracle: Oracle | None = None
-        if rules is STRICT:
-            self._oracle = Oracle(queued_max=queued_max, retries_max=_RETRIES_MAX)
-        self.out_of_tries: set[str] = set()
-        self.pushed_out: set[str] = set()  # of a full queue, by others
-
-    def handle(self, event: Event, now: float) -> list[Decision]:
-        """Handle and check."""
-        decisions = super().handle(event, now)
-        if self._oracle is not None:
-            self._oracle.check(event, decisions, now)
-            self._oracle.compare(self)
-        self.validate()
-        refusals = [d for d in decisions if isinstance(d, Refused)]
-        self.out_of_tries |= {d.request for d in refusals if d.code == "retries_exhausted"}
-        own = event.request.id if isinstance(event, Submitted) else None
-        self.pushed_out |= {d.request for d in refusals if d.code == "overloaded"} - {own}
-        return decisions
-
-    def _start(self, job: Job, node: NodeSlots, why: Why) -> Start:
-        pool = job.lane.pool
-        lanes = [lane for lane in self._slots.waiting_for(node) if lane.pool is pool]
-        for account, parent in job.account.path:
-            least = parent.least(lanes)
-            if least is not None:
-                assert account.key_in(pool) <= least.key_in(pool) + self.rules.window
-        return super()._start(job, node, why)
 
 
 @dataclass
@@ -95,9 +58,19 @@ class World:
     def __post_init__(self) -> None:
         self.plan: Plan = draw_plan(self.seed)
         self.store = MemoryStore()
-        self.scheduler = CheckedScheduler(self.plan.queued_max, self.plan.rules)
+        self.scheduler = CheckedScheduler(
+            self.plan.queued_max,
+            self.plan.rules,
+            limits_of=self._limits_of,
+            audit=self._audit,
+            tell=self.tell,
+        )
         self.machines = {plan.node: Machine(plan, self.seed) for plan in self.plan.machines}
-        self.clients = [Client(plan, self.tell, self._receipted) for plan in self.plan.clients]
+        self.clients = [
+            Client(plan, self.clock, self.tell, self._receipted) for plan in self.plan.clients
+        ]
+        self._clients = {client.plan.id: client for client in self.clients}
+        self._seen = 0  # events of the scheduler
         self.members: Members | None = None
         self.parts: list[Gateway | Members | Fleet | Ledger | MemoryStore | Machine] = []
 
@@ -108,11 +81,45 @@ class World:
     def _receipted(self, request: str) -> bool:
         return request in self.store._places
 
+    def _limits_of(self, job: Job) -> tuple[int, int]:
+        """What it can come to on its node, and what its node may take back, in micro-credits."""
+        assert job.node is not None
+        lie, words = self.machines[job.node.id].plan.lie, self._clients[job.id].plan.words
+        prompt = words + _TEMPLATE_WORDS + LIE_TOKENS * (lie is Lie.PROMPT)
+        most = price(
+            fresh=max(prompt, job.request.prompt_tokens),
+            output=job.request.output_tokens_max + LIE_TOKENS * (lie is Lie.MORE),
+            factor_milli=job.factor_milli,
+        )
+        unsure = LIE_TOKENS * (lie is Lie.LESS)
+        return most, price(output=unsure, factor_milli=job.factor_milli)
+
+    def _audit(self, job: Job, event: Finished | Failed) -> None:
+        """A lease pays for what its machine made or, if that failed, for what its client got."""
+        assert job.node is not None
+        machine, client = self.machines[job.node.id], self._clients[job.id]
+        made = machine.made.get(job.lease)
+        match event:
+            case Failed(retry=True, delivered=usage):
+                assert usage == Usage(), f"{job.lease} pays {usage} for what nobody got"
+                assert not client.tokens, f"{job.lease} is tried again after its first token"
+            case Failed(delivered=usage):
+                assert usage.completion_tokens == client.tokens, f"{job.lease} pays {usage}"
+            case Finished(usage=usage) if made is None:  # gone before its engine was asked
+                assert not usage.completion_tokens, f"{job.lease} pays {usage} for nothing"
+            case Finished(usage=usage):
+                assert made is not None
+                due = machine.credible(made, estimate=job.request.prompt_tokens)
+                assert usage == due, f"{job.lease} pays {usage} for {due}"
+
     def jumped(self) -> None:
         """A moment is over: time goes on."""
         self.moments += 1
         if self.moments % _CHECK_EVERY == 0:
             self.validate()
+        elif self.scheduler.events != self._seen:
+            self.scheduler.validate()
+        self._seen = self.scheduler.events
 
     def validate(self) -> None:
         """Assert the invariants of every part, and that they agree."""
@@ -151,6 +158,7 @@ class World:
             ledger=ledger,
             clock=clock,
             settings=plan.settings,
+            factor_of=lambda model: _FACTORS.get(model, 1_000),
         )
         self.members = members
         self.parts = [gateway, members, fleet, ledger, self.store]
@@ -171,24 +179,37 @@ class World:
 
     async def _befall(self, mishap: Mishap, members: Members, fleet: Fleet) -> None:
         await asyncio.sleep(mishap.at_s)
-        machine = self.machines[mishap.node]
         self.tell(f"{mishap.node}: {mishap.act.value}")
         try:
-            match mishap.act:
-                case Act.CRASH:
-                    machine.crash()
-                case Act.RECOVER:
-                    machine.recover()
-                case Act.JUMP:
-                    self.clock.jump(mishap.seconds)
-                case Act.DISK_FULL:
-                    self.store.fault = StoreFull("The disk is full.")
-                case Act.DISK_FREE:
-                    self.store.fault = None
-                case _:
-                    await _operate(mishap, members, fleet)
+            if not await self._befall_here(mishap):
+                await _operate(mishap, members, fleet)
         except AnserError as error:
             self.tell(f"{mishap.node}: {mishap.act.value}: {error.code}")
+
+    async def _befall_here(self, mishap: Mishap) -> bool:
+        """What befalls machines and clocks; returns False for what operators do."""
+        machine = self.machines[mishap.node]
+        match mishap.act:
+            case Act.CRASH:
+                machine.crash()
+            case Act.RECOVER:
+                machine.recover()
+            case Act.SLOW:
+                machine.slow_down(mishap.slower)
+                await asyncio.sleep(mishap.for_s)
+                machine.slow_down(1.0)
+                self.tell(f"{mishap.node}: as fast as before")
+            case Act.SUSPEND:
+                self.clock.advance(mishap.for_s)  # all that was due meanwhile is due at once
+            case Act.JUMP:
+                self.clock.jump(mishap.jump_s)
+            case Act.DISK_FULL:
+                self.store.fault = StoreFull("The disk is full.")
+            case Act.DISK_FREE:
+                self.store.fault = None
+            case _:
+                return False
+        return True
 
     async def _check_end(self, members: Members) -> None:
         """Nothing is left behind, and each client's story agrees with the ledger's."""
@@ -202,20 +223,26 @@ class World:
         receipts = await self.store.recent(limit=1_000_000, member=None)
         counts = Counter(receipt.request for receipt in receipts)
         assert max(counts.values(), default=1) == 1, counts
+        liars = {name for name, machine in self.machines.items() if machine.plan.lie}
         for client in self.clients:
             client.out_of_tries = client.plan.id in scheduler.out_of_tries
             client.pushed_out = client.plan.id in scheduler.pushed_out
             own = [receipt for receipt in receipts if receipt.request == client.plan.id]
             try:
-                client.check(own, await _said(client))
+                client.check(own, await _said(client), liars=liars)
             except AssertionError as error:
                 raise AssertionError(f"{error}: {client} {own}") from error
 
 
-def simulate(seed: int) -> World:
-    """Live through the world of this seed. Raises AssertionError where an invariant is broken."""
-    world = World(seed)
+def live(world: World) -> None:
+    """Live through it. Raises AssertionError where an invariant is broken."""
     virtual.run(world.live, clock=world.clock, jumped=world.jumped)
+
+
+def simulate(seed: int) -> World:
+    """The world of this seed, lived through. Raises as `live` does."""
+    world = World(seed)
+    live(world)
     return world
 
 
@@ -227,6 +254,8 @@ async def _operate(mishap: Mishap, members: Members, fleet: Fleet) -> None:
             await fleet.remove(mishap.node)
         case Act.ADD:
             await fleet.add(_node(mishap.node))
+        case Act.REWEIGH:
+            await members.set_member(mishap.member, weight=mishap.weight, changes={})
         case _:
             await members.add_member(f"late-{mishap.node}", weight=500)
 
@@ -240,7 +269,7 @@ async def _said(client: Client) -> str:
     demand = client.demand
     if demand.route is Route.EMBEDDINGS:
         return ""
-    reference = Client(client.plan, print, bool)
+    reference = Client(client.plan, client.clock, print, bool)
     engine = MemoryEngine(demand.model, pace=Pace(step_s=0.0, step_each_s=0.0))
     async with engine.generate(Call(lease="", route=demand.route, body=demand.body)) as chunks:
         async for chunk in chunks:

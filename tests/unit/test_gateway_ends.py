@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import asynccontextmanager
@@ -352,3 +353,22 @@ def test_a_retry_does_not_wait_anew() -> None:
             assert clock.now() - begun == pytest.approx(10.0, abs=0.1)
 
     in_virtual_time(main)
+
+
+async def test_who_leaves_as_its_node_goes_leaves_no_error_behind() -> None:
+    """What a request would have been told is not logged as a fault that nobody has looked at."""
+    nobody: list[dict[str, Any]] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: nobody.append(context))
+    node = MemoryEngine(slots=1, pace=SLOW)
+    async with open_pool({}, more={"a": node}) as pool:
+        await pool.fleet.add(Node(id="a", url="http://a.example"))
+        async with pool.gateway.answer(demand("first", **LONG)), asyncio.TaskGroup() as group:
+            waiting = group.create_task(read(pool, demand("second")))
+            await asyncio.sleep(0)
+            assert pool.gateway.scheduler.queued == 1
+            await pool.fleet.remove("a")
+            waiting.cancel()
+        assert waiting.cancelled()
+        del waiting
+        gc.collect()
+    assert nobody == []

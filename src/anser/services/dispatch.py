@@ -101,6 +101,8 @@ class Dispatch:
     def remove(self, run: Run) -> None:
         """It has ended."""
         del self.runs[run.demand.id]
+        if run.ready.done():
+            run.ready.exception()  # a client that has just left does not ask for it any more
         if not self.runs:
             self.empty.set()
 
