@@ -150,7 +150,7 @@ class Oracle:
         assert scheduler.service == self.service
         assert scheduler.dropped == self.dropped
 
-    def _compare_keys(self, scheduler: Scheduler, path: Path, account: Account) -> None:
+    def _compare_keys(self, scheduler: Scheduler, path: Path, account: Node) -> None:
         """Assert that the keys in all pools are these; where it is not ahead, none is needed."""
         books = self.books[path]
         supplies = scheduler._slots._supplies.items()

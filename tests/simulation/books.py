@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from anser.core.account import Account
+from anser.core.account import Branch, Node
 from anser.core.events import Failed, Finished, Progressed, Weighed
 from anser.core.fairness import price
 from anser.core.job import Job
@@ -84,18 +84,18 @@ class Books:
     def __init__(self, scheduler: Scheduler, limits_of: Callable[[Job], tuple[int, int]]) -> None:
         self._scheduler = scheduler
         self._limits_of = limits_of
-        self._entries: dict[Account, Entry] = {}
+        self._entries: dict[Node, Entry] = {}
         self._leases: dict[str, _Lease] = {}
         self.service = 0
 
-    def entry(self, account: Account) -> Entry:
+    def entry(self, account: Node) -> Entry:
         """The page of this account."""
         entry = self._entries.get(account)
         if entry is None:
             entry = self._entries[account] = Entry(account.weight)
         return entry
 
-    def reserved(self, parent: Account) -> float:
+    def reserved(self, parent: Branch) -> float:
         """The most that was taken back of any account below `parent`, also of forgotten ones."""
         entries = self._entries.items()
         return max(entry.side.reserved for account, entry in entries if account.parent is parent)
@@ -126,7 +126,7 @@ class Books:
     def weighed(self, event: Weighed) -> None:
         """A member's weight changes."""
         account = self._scheduler._shares.find(event.member)
-        if account in self._entries:
+        if account is not None and account in self._entries:
             self._entries[account].weigh(event.weight)
 
     def compare(self, job: Job) -> None:

@@ -139,8 +139,9 @@ class CheckedScheduler(Scheduler):
 
     def _check_turn(self, job: Job, lanes: list[Lane]) -> None:
         """The oldest of a member's requests is not passed over for ever by its others."""
-        rules, oldest = self.rules, job.account.least(lanes)
-        if isinstance(oldest, Job) and oldest.key < job.key:
+        rules, waited_in = self.rules, [lane for lane in lanes if lane in job.account.lanes]
+        oldest = job.account.oldest(waited_in) if waited_in else job
+        if oldest.key < job.key:
             self._passed[oldest.id] += 1
             passed, waited_s = self._passed[oldest.id], self._now - oldest.since
             long = waited_s >= rules.patience_s and passed > rules.passed_max

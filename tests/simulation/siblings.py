@@ -20,7 +20,7 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 
-from anser.core.account import Account
+from anser.core.account import Branch, Node
 from anser.core.job import Job
 from anser.core.slots import Lane
 from anser.core.virtual import Pool
@@ -35,8 +35,8 @@ _ROUNDING = 1e-9  # of sums of floats
 @dataclass(slots=True, eq=False)
 class _Meeting:
     pool: Pool
-    one: Account
-    other: Account
+    one: Node
+    other: Node
     pair: Pair | None = None  # while they meet
     apart: bool = False
 
@@ -47,15 +47,15 @@ class _Meeting:
     @property
     def lasts(self) -> bool:
         """Whether both still have a place in the pool."""
-        return all(self.pool in account.bases for account in (self.one, self.other))
+        return all(self.pool in account.stands for account in (self.one, self.other))
 
 
 class Siblings:
     """All meetings in one tree of accounts."""
 
-    def __init__(self, root: Account, books: Books, window: int) -> None:
+    def __init__(self, root: Branch, books: Books, window: int) -> None:
         self._root, self._books, self._window = root, books, window
-        self._meetings: dict[tuple[Pool, frozenset[Account]], _Meeting] = {}
+        self._meetings: dict[tuple[Pool, frozenset[Node]], _Meeting] = {}
         self._pools: set[Pool] = set()
         self.worst = 0.0  # part of its bound that any pair has come to
         self.met = 0
@@ -70,7 +70,7 @@ class Siblings:
 
     def charged(self, job: Job) -> None:
         """`job` was charged, which moves its accounts' keys in all of their pools."""
-        if all(len(account.bases) == 1 for account, _ in job.account.path):
+        if all(len(account.stands) == 1 for account, _ in job.account.path):
             return
         accounts = {account for account, _ in job.account.path}
         for meeting in self._meetings.values():
@@ -79,7 +79,7 @@ class Siblings:
 
     def look(self, *, regrouped: bool) -> None:
         """Compare all who wait now; `regrouped`: nodes have changed, and pools with them."""
-        pools = {pool for account in self._root.children.values() for pool in account.bases}
+        pools = {pool for account in self._root.children.values() for pool in account.stands}
         joined = pools - self._pools if regrouped else frozenset[Pool]()
         self._pools |= pools
         together: set[_Meeting] = set()
@@ -95,7 +95,7 @@ class Siblings:
                 if not meeting.lasts:
                     del self._meetings[key]
 
-    def _compare(self, meetings: Sequence[_Meeting], parent: Account, *, excused: bool) -> None:
+    def _compare(self, meetings: Sequence[_Meeting], parent: Branch, *, excused: bool) -> None:
         for meeting in meetings:
             if meeting.pair is not None:
                 part = meeting.pair.part(self._window)
@@ -112,7 +112,7 @@ class Siblings:
                 assert excused or self._drawn(meeting, parent), _described(meeting)
                 meeting.apart = True
 
-    def _drawn(self, meeting: _Meeting, parent: Account) -> bool:
+    def _drawn(self, meeting: _Meeting, parent: Branch) -> bool:
         """Whether it, or another meeting of these siblings that may have drawn them, is apart."""
         return meeting.apart or any(
             other.apart and other.pool is meeting.pool and other.one.parent is parent
@@ -131,7 +131,7 @@ class Siblings:
         gap = ahead.key_in(pool) - behind.key_in(pool)
         return max(0.0, gap - band), self._books.reserved(behind.parent)
 
-    def _meeting(self, pool: Pool, one: Account, other: Account) -> _Meeting:
+    def _meeting(self, pool: Pool, one: Node, other: Node) -> _Meeting:
         key = (pool, frozenset((one, other)))
         meeting = self._meetings.get(key)
         if meeting is None:
@@ -139,16 +139,17 @@ class Siblings:
         return meeting
 
 
-def _waiting(parent: Account, pool: Pool) -> list[Account]:
+def _waiting(parent: Branch, pool: Pool) -> list[Node]:
     return [child for child in parent.children.values() if child.waits_in(pool)]
 
 
-def _parents(account: Account) -> Iterator[Account]:
+def _parents(branch: Branch) -> Iterator[Branch]:
     """All accounts below which two or more may wait."""
-    if len(account.children) > 1:
-        yield account
-    for child in account.children.values():
-        yield from _parents(child)
+    if len(branch.children) > 1:
+        yield branch
+    for child in branch.children.values():
+        if isinstance(child, Branch):
+            yield from _parents(child)
 
 
 def _described(meeting: _Meeting) -> str:

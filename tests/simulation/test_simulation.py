@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from anser.adapters.memory import MemoryClock
-from anser.core.account import Account
+from anser.core.account import Account, Leaf, Stand
 from anser.core.fairness import Shares
 from anser.core.virtual import Pool
 from tests.simulation import virtual
@@ -97,21 +97,24 @@ def test_the_same_seed_gives_the_same_world() -> None:
 # That the checks can fail: the scheduler is broken on purpose, each time in another way.
 
 
-def _wide(shares: Shares, lanes: Any, *, window: int, most: int) -> Iterator[Account]:
+def _wide(shares: Shares, lanes: Any, *, window: int, most: int) -> Iterator[Leaf]:
     """Whoever waits, by name."""
     leaves = [leaf for leaf in shares._leaves.values() if any(lane in leaf.lanes for lane in lanes)]
     del window, most
     yield from sorted(leaves, key=lambda leaf: leaf.member)[:1]
 
 
-def _for_nothing(account: Account, micro_credits: int, _: Pool) -> None:
+def _for_nothing(account: Account[Any], micro_credits: int, _: Pool) -> int:
     """Service that moves no key."""
     account.service += micro_credits
+    account.carried_service += micro_credits
+    return 0
 
 
-def _as_it_was(account: Account, pool: Pool, _: int) -> None:
+def _as_it_was(account: Account[Any], pool: Pool, level: int, ceiling: int) -> None:
     """Who comes back is where it was when it left, and who is new at nothing."""
-    account.bases.setdefault(pool, -account.measure)
+    del level
+    account.stands.setdefault(pool, Stand(0, ceiling))
 
 
 @pytest.mark.parametrize(
