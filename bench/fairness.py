@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-from bench import faults, latency, locality, pools, sharing
+from bench import faults, latency, locality, pools, shards, sharing
 from bench.rows import Options, Row
 
 __all__ = ["EXPERIMENTS", "NEED_TRACES", "measure"]
@@ -18,6 +18,7 @@ EXPERIMENTS: Mapping[str, Callable[[Options], list[Row]]] = {
     "E6": locality.agents,
     "E7": locality.mooncake,
     "E8": sharing.tenants,
+    "E9": shards.shards,
     "E10": faults.faults,
     "E11": pools.pools,
 }

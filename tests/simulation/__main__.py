@@ -1,4 +1,4 @@
-"""`python -m tests.simulation SEED` tells one world's story; with SEED END, it runs all of them."""
+"""`python -m tests.simulation SEED` tells its stories; with SEED END, it runs all of those."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import sys
 import traceback
 
 from tests.simulation import virtual
+from tests.simulation.shards import ShardWorld, simulate_shards
 from tests.simulation.world import World, simulate
 
 
@@ -25,12 +26,19 @@ def _aloud(seed: int) -> int:
     finally:
         print("\n".join(world.story))
     print(f"{world.moments} moments, {len(world.clients)} clients, {world.scheduler!r}")
+    shards = ShardWorld(seed)
+    try:
+        shards.run()
+    finally:
+        print("\n".join(shards.story))
+    print(f"{shards.messages} messages between {len(shards.shards)} shards")
     return 0
 
 
 def _passes(seed: int) -> bool:
     try:
         simulate(seed)
+        simulate_shards(seed)
     except Exception as error:  # noqa: BLE001  whatever it is, the seed is the report
         print(f"seed {seed}: {_cause(error)}", flush=True)
         return False

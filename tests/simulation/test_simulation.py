@@ -8,6 +8,7 @@ import pytest
 
 from anser.adapters.memory import MemoryClock
 from tests.simulation import virtual
+from tests.simulation.shards import simulate_shards
 from tests.simulation.world import simulate
 
 
@@ -37,8 +38,31 @@ def test_worlds_have_what_they_are_for() -> None:
     assert any(world.scheduler.out_of_tries for world in worlds)
 
 
+@pytest.mark.parametrize("seed", range(25))
+def test_shards(seed: int) -> None:
+    """Whatever the network does, no slot is booked twice, no request lost, and sums converge."""
+    simulate_shards(seed)
+
+
+def test_shard_worlds_have_what_they_are_for() -> None:
+    """Slots are lent, messages lost, nodes and shards gone, and requests end in every way."""
+    seen = set[str]().union(*(simulate_shards(seed).seen for seed in range(25)))
+    assert seen >= {
+        "a message is lost",
+        "a node crashes",
+        "a shard vanishes",
+        "a slot is lent",
+        "aborted",
+        "answered",
+        "broken off",
+        "cancelled while it waited",
+        "refused: overloaded",
+    }
+
+
 def test_the_same_seed_gives_the_same_world() -> None:
     """A seed is a bug report."""
+    assert simulate_shards(3).story == simulate_shards(3).story
     assert simulate(3).story == simulate(3).story
     assert simulate(3).story != simulate(4).story
 

@@ -177,6 +177,17 @@ class Account:
         """From now on, what other pools serve it puts it no further ahead than this."""
         self.ceilings[pool] = max(ceiling, self.key_in(pool))
 
+    def stand(self, pool: Pool, key: int) -> None:
+        """Let its key in this pool, where it has something to do, be `key`."""
+        former = self.key_in(pool)
+        self.bases[pool] = key - self.measure
+        self.ceilings[pool] = max(self.ceilings[pool], key)
+        if key < former and self.parent is not None:
+            self._put_forward(self.parent)
+            idle = self.parent.idle.get(pool)
+            if idle is not None and self in idle:
+                idle.add(self)
+
     def leave(self, pool: Pool) -> None:
         """It has nothing to do in this pool, and stands there as a newcomer does."""
         self.bases.pop(pool, None)
@@ -190,8 +201,11 @@ class Account:
         if len(self.bases) > 1 or pool not in self.bases:
             self._keep_below(pool, former)
         if self.measure < former and self.parent is not None:
-            for lane in self.lanes:
-                self.parent.lanes[lane].add(self)
+            self._put_forward(self.parent)
+
+    def _put_forward(self, parent: Account) -> None:
+        for lane in self.lanes:
+            parent.lanes[lane].add(self)
 
     def _keep_below(self, pool: Pool, former: int) -> None:
         """What `pool` has just changed of the measure moves other pools' keys below ceilings only.

@@ -170,9 +170,14 @@ class Shares:
             if not account.queued and not account.running:
                 self._wake(account, parent)
             if not account.waits_in(pool):
-                account.lift(pool, parent.level(pool))
+                account.lift(pool, self._level(account, parent, pool))
                 virtual = parent.virtual.get(pool)
                 account.limit(pool, 0 if virtual is None else virtual.reach)
+
+    def _level(self, account: Account, parent: Account, pool: Pool) -> int:
+        """The key that `account` has at least when it begins to wait."""
+        del account
+        return parent.level(pool)
 
     def leave(self, leaf: Account, pool: Pool) -> None:
         """Nothing of this pool is left on the path of `leaf`."""
@@ -231,7 +236,23 @@ class Shares:
 
         At each level those with keys up to `window` above the least; about `most` in all.
         """
-        return _window(self._root, lanes, window, most)
+        return self._window(self._root, lanes, window, most)
+
+    def _window(
+        self, account: Account, lanes: Sequence[Lane], window: int, most: int
+    ) -> Iterator[Account]:
+        if _is_leaf(account):
+            yield account
+            return
+        children = self._near(account, lanes, window, most)
+        each = -(-most // len(children)) if children else 0
+        for child in children:
+            yield from self._window(child, lanes, window, each)
+
+    def _near(
+        self, account: Account, lanes: Sequence[Lane], window: int, most: int
+    ) -> list[Account]:
+        return account.near(lanes, window=window, most=most)
 
     def longest(self, leaf: Account) -> Account:
         """The leaf with most waiting, level by level, for its weight; between equals `leaf`.
@@ -403,16 +424,6 @@ def _join(parent: Account, former: tuple[Pool, ...], pool: Pool) -> None:
     for lane, heap in parent.lanes.items():
         if lane.pool is pool:
             heap.move(pool)
-
-
-def _window(account: Account, lanes: Sequence[Lane], window: int, most: int) -> Iterator[Account]:
-    if _is_leaf(account):
-        yield account
-        return
-    children = account.near(lanes, window=window, most=most)
-    each = -(-most // len(children)) if children else 0
-    for child in children:
-        yield from _window(child, lanes, window, each)
 
 
 def _is_leaf(account: Account) -> bool:
