@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 from anser.core.errors import AnserError
-from bench import faults, latency, locality, pools, real, sharing
+from bench import faults, latency, locality, pools, real, shards, sharing
 from bench.rows import Options, Row
 
 __all__ = ["EXPERIMENTS", "NEED_TRACES", "REAL", "measure"]
@@ -19,6 +19,7 @@ EXPERIMENTS: Mapping[str, Callable[[Options], list[Row]]] = {
     "E6": locality.agents,
     "E7": locality.mooncake,
     "E8": sharing.tenants,
+    "E9": shards.shards,
     "E10": faults.faults,
     "E11": pools.pools,
     "real": real.flood,

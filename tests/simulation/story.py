@@ -1,12 +1,18 @@
-"""What a world's seed tells: its story, up to where it ends well or an invariant is broken."""
+"""What a seed's worlds tell: their story, up to where it ends well or an invariant is broken.
+
+A seed has two worlds: a gateway with its machines and clients, and schedulers that share a pool.
+"""
 
 from __future__ import annotations
 
 import logging
 import traceback
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import structlog
 
+from tests.simulation.shards import ShardWorld
 from tests.simulation.world import World, live
 
 __all__ = ["aloud", "failure", "quiet"]
@@ -21,9 +27,9 @@ def quiet() -> None:
 
 
 def aloud(seed: int) -> int:
-    """Tell all of it; returns 1 if it ends badly."""
+    """Tell all of both; returns 1 if one ends badly."""
     world = World(seed)
-    cause = _cause(world)
+    cause = _cause(partial(live, world), world)
     print(_beginning(world))
     print("\n".join(world.story))
     print(f"{world.moments} moments, {len(world.clients)} clients, {world.scheduler!r}")
@@ -31,21 +37,36 @@ def aloud(seed: int) -> int:
     print(f"siblings met {siblings.met} times, at most {siblings.worst:.2f} of their bound apart")
     if cause is not None:
         print(f"{world.clock.now():9.3f} BROKEN: {cause}")
-    return cause is not None
+    shards = ShardWorld(seed)
+    shards_cause = _cause(shards.run)
+    print("\n".join(shards.story))
+    print(f"{shards.messages} messages between {len(shards.shards)} shards")
+    if shards_cause is not None:
+        print(f"{shards.now:9.3f} BROKEN: {shards_cause}")
+    return cause is not None or shards_cause is not None
 
 
 def failure(seed: int) -> str | None:
-    """What broke, and what led to it; None if nothing did."""
+    """What broke in either, and what led to it; None if nothing did."""
     world = World(seed)
-    cause = _cause(world)
-    if cause is None:
-        return None
-    left_out = max(0, len(world.story) - _LINES)
-    lines = [f"seed {seed}: {cause}", _beginning(world)]
-    if left_out:
-        lines.append(f"          ({left_out} lines: python -m tests.simulation {seed})")
-    lines += [*world.story[-_LINES:], f"{world.clock.now():9.3f} BROKEN: {cause}"]
-    return "\n".join(lines)
+    cause = _cause(partial(live, world), world)
+    if cause is not None:
+        lines = [_beginning(world), *_end(seed, world.story)]
+        return "\n".join(
+            [f"seed {seed}: {cause}", *lines, f"{world.clock.now():9.3f} BROKEN: {cause}"]
+        )
+    shards = ShardWorld(seed)
+    cause = _cause(shards.run)
+    if cause is not None:
+        lines = _end(seed, shards.story)
+        return "\n".join([f"seed {seed}: {cause}", *lines, f"{shards.now:9.3f} BROKEN: {cause}"])
+    return None
+
+
+def _end(seed: int, story: Sequence[str]) -> list[str]:
+    left_out = max(0, len(story) - _LINES)
+    more = [f"          ({left_out} lines: python -m tests.simulation {seed})"] if left_out else []
+    return [*more, *story[-_LINES:]]
 
 
 def _beginning(world: World) -> str:
@@ -62,12 +83,12 @@ def _beginning(world: World) -> str:
     return "\n".join([*machines, f"          window {window} credits; weights: {weights}"])
 
 
-def _cause(world: World) -> str | None:
-    """The first failure of this world's life, and where it was raised."""
+def _cause(run: Callable[[], object], world: World | None = None) -> str | None:
+    """The first failure of a world's life, and where it was raised."""
     try:
-        live(world)
+        run()
     except Exception as raised:  # noqa: BLE001  whatever it is, the seed is the report
-        error: BaseException = world.scheduler.broken or raised
+        error: BaseException = (world and world.scheduler.broken) or raised
         while isinstance(error, BaseExceptionGroup):
             error = error.exceptions[0]
         where = traceback.extract_tb(error.__traceback__)[-1]

@@ -20,10 +20,12 @@ from tests.simulation.__main__ import main
 from tests.simulation.books import Books
 from tests.simulation.checked import CheckedScheduler
 from tests.simulation.plan import Act, Behaviour, Lie
+from tests.simulation.shards import simulate_shards
 from tests.simulation.story import failure
 from tests.simulation.world import World, simulate
 
 _SEEDS = 200
+_SHARD_SEEDS = 100
 _STORIES = tomllib.loads((Path(__file__).parent / "stories.toml").read_text("utf-8"))["story"]
 _CROWDED = 7  # from this seed on there is soon a world in which many wait for long
 
@@ -88,8 +90,31 @@ def test_what_once_failed_does_not(story: dict[str, Any], caplog: pytest.LogCapt
     assert [record for record in caplog.records if record.name == "asyncio"] == []
 
 
+@pytest.mark.parametrize("seed", range(_SHARD_SEEDS))
+def test_shards(seed: int) -> None:
+    """Whatever the network does, no slot is booked twice, no request lost, and sums converge."""
+    simulate_shards(seed)
+
+
+def test_shard_worlds_have_what_they_are_for() -> None:
+    """Slots are lent, messages lost, nodes and shards gone, and requests end in every way."""
+    seen = set[str]().union(*(simulate_shards(seed).seen for seed in range(20)))
+    assert seen >= {
+        "a message is lost",
+        "a node crashes",
+        "a shard vanishes",
+        "a slot is lent",
+        "aborted",
+        "answered",
+        "broken off",
+        "cancelled while it waited",
+        "refused: overloaded",
+    }
+
+
 def test_the_same_seed_gives_the_same_world() -> None:
     """A seed is a bug report."""
+    assert simulate_shards(3).story == simulate_shards(3).story
     assert simulate(3).story == simulate(3).story
     assert simulate(3).story != simulate(4).story
 

@@ -140,6 +140,13 @@ class Account(Generic[_Heap]):
         stand.key = max(stand.key, level)
         stand.limit(ceiling)
 
+    def move(self, pool: Pool, key: int) -> int:
+        """Let its key in this pool be `key`, whatever it was; returns by how much that is more."""
+        stand = self.stands[pool]
+        grown, stand.key = key - stand.key, key
+        stand.limit(stand.ceiling)
+        return grown
+
     def leave(self, pool: Pool) -> None:
         """It has nothing to do in this pool, and stands there as a newcomer does."""
         self.stands.pop(pool, None)
@@ -226,6 +233,9 @@ class Branch(Account[Heap["Node"]]):
         """A child's key has become less."""
         for lane in child.lanes:
             self.lanes[lane].add(child)
+        for heap in self.idle.values():
+            if child in heap:
+                heap.add(child)
 
     def level(self, pool: Pool) -> int:
         """The key to which a child is lifted that begins to wait in this pool."""

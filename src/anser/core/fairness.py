@@ -225,7 +225,20 @@ class Shares:
         """
         lanes = [lane for lane in lanes if lane in self._root.lanes]
         if lanes:
-            yield from _window(self._root, lanes, window, most)
+            yield from self._window(self._root, lanes, window, most)
+
+    def _window(
+        self, branch: Branch, lanes: Sequence[Lane], window: int, most: int
+    ) -> Iterator[Leaf]:
+        children = branch.near(lanes, window=window, most=most)
+        each = -(-most // len(children))
+        for child in children:
+            if isinstance(child, Leaf):
+                yield child
+            elif each == 1:
+                yield child.first(lanes)
+            else:
+                yield from self._window(child, lanes, window, each)
 
     def longest(self, leaf: Leaf) -> Leaf:
         """The leaf with most waiting, level by level, for its weight; between equals `leaf`.
@@ -407,18 +420,6 @@ def _join(parent: Branch, former: tuple[Pool, ...], pool: Pool) -> None:
     for lane, heap in parent.lanes.items():
         if lane.pool is pool:
             heap.move(pool)
-
-
-def _window(branch: Branch, lanes: Sequence[Lane], window: int, most: int) -> Iterator[Leaf]:
-    children = branch.near(lanes, window=window, most=most)
-    each = -(-most // len(children))
-    for child in children:
-        if isinstance(child, Leaf):
-            yield child
-        elif each == 1:
-            yield child.first(lanes)
-        else:
-            yield from _window(child, lanes, window, each)
 
 
 def _below(account: Node) -> Iterator[Node]:

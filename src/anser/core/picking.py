@@ -122,6 +122,21 @@ class Picker:
         node = nodes[0] if len(nodes) == 1 else self._quickest(job, nodes)
         return None if light and self._holds(job, node, now) else node
 
+    def wait_s(self, member: str, lane: Lane) -> float:
+        """How long one more request of this member would wait in `lane`, as far as can be told.
+
+        Each free slot goes to the members by their weights, so about as many requests go before it
+        as the member has waiting, for each share of all that are awake; slots become free as often
+        as they have lately.
+        """
+        waiting = self.shares.queued
+        if not waiting and next(self.slots.freest(lane), None) is not None:
+            return 0.0
+        queued, share = self.shares.standing_of(member)
+        before = min(waiting, (queued + 1) / share)
+        freed_s = sum(node.slots / node.pace.hold_s.value for node in lane.supply.nodes.values())
+        return (before + 1) / freed_s if freed_s else inf
+
     def released(self, now: float) -> list[Job]:
         """Those whose time to wait for their home is over."""
         over: list[Job] = []

@@ -80,7 +80,15 @@ _FRONT = 1 << 62  # ahead of every turn that will ever be given
 class Scheduler:
     """Hierarchical weighted fair queueing with late binding: `handle(event, now)`."""
 
-    def __init__(self, queued_max: int, retries_max: int, rules: Rules = DESIGN) -> None:
+    def __init__(
+        self,
+        queued_max: int,
+        retries_max: int,
+        rules: Rules = DESIGN,
+        *,
+        shares: Shares | None = None,
+        slots: Slots | None = None,
+    ) -> None:
         assert queued_max >= 0
         assert retries_max >= 1
         self.rules = rules
@@ -88,8 +96,8 @@ class Scheduler:
         self.retries_max = retries_max
         self.dropped = 0
         self._now = float("-inf")
-        self._shares = Shares(rules.awake_s)
-        self._slots = Slots()
+        self._shares = shares or Shares(rules.awake_s)
+        self._slots = slots or Slots()
         self._index = PrefixIndex()
         self._picker = Picker(rules, self._shares, self._slots)
         self._jobs: dict[str, Job] = {}  # by request
@@ -174,19 +182,8 @@ class Scheduler:
         return decisions
 
     def wait_s(self, member: str, model: str) -> float:
-        """How long one more request of this member would wait for a slot, as far as can be told.
-
-        Each free slot goes to the members by their weights, so about as many requests go before it
-        as the member has waiting, for each share of all that are awake; slots become free as often
-        as they have lately.
-        """
-        lane = self._slots.lane(model)
-        if not self._shares.queued and next(self._slots.freest(lane), None) is not None:
-            return 0.0
-        queued, share = self._shares.standing_of(member)
-        before = min(self._shares.queued, (queued + 1) / share)
-        freed_s = sum(node.slots / node.pace.hold_s.value for node in lane.supply.nodes.values())
-        return (before + 1) / freed_s if freed_s else inf
+        """How long one more request of this member would wait for a slot, as far as can be told."""
+        return self._picker.wait_s(member, self._slots.lane(model))
 
     def _take(self, event: Event) -> list[Decision]:
         match event:
@@ -236,9 +233,12 @@ class Scheduler:
                 job.request.prompt_tokens for job in running if job.is_reading and job.node is node
             )
             assert node.prompts == prompts
-            if not self.rules.light_first and not self.rules.hold:
-                assert not node.free or not self._slots.waiting_for(node)
+            assert not node.free or not self._slots.waiting_for(node) or self._may_idle()
         self._index.validate()
+
+    def _may_idle(self) -> bool:
+        """Whether a slot may stay free though somebody waits for it."""
+        return self.rules.light_first or self.rules.hold
 
     def _drop(self) -> list[Decision]:
         self.dropped += 1
@@ -384,7 +384,7 @@ class Scheduler:
 
     def _wait_or_start(self, job: Job, node: NodeSlots | None) -> list[Decision]:
         """Start at once where nobody waits for that slot; else wait, and whoever is next has it."""
-        if node is not None and not (self._shares.queued and self._slots.waiting_for(node)):
+        if node is not None and self._at_once(job, node):
             cached = job.cached_on(node)
             why = Why(rule=Rule.FREE, cached_tokens=cached) if cached else _FREE
             return [self._start(job, node, why)]
@@ -398,6 +398,11 @@ class Scheduler:
         if decisions and node is not None and job.node is None:
             self._looked_at = -inf  # that slot was another's; there may be more
         return decisions
+
+    def _at_once(self, job: Job, node: NodeSlots) -> bool:
+        """Whether nobody else is to be asked before `job` gets a free slot of `node`."""
+        del job
+        return not (self._shares.queued and self._slots.waiting_for(node))
 
     def _push_out(self, job: Job) -> Refused:
         """The queue is longer than it may be since `job` came: who has most waiting loses one."""

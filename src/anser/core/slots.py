@@ -319,9 +319,8 @@ class Slots:
             assert node.shelf is None or node.shelf in self._shelves.values()
             assert all(self._supplies.get(supply.model) is supply for supply in node.supplies)
             assert all(supply.nodes.get(id) is node for supply in node.supplies)
+        self._validate_pools()
         for model, supply in self._supplies.items():
-            group = _group(supply)
-            assert all((other.pool is supply.pool) == (other in group) for other in self._all())
             assert supply.model == model
             assert supply.nodes or supply.lanes
             _validate_supply(supply)
@@ -331,8 +330,11 @@ class Slots:
             assert len(nodes) == shelf.nodes > 0
             _validate_shelf(shelf, nodes)
 
-    def _all(self) -> Iterable[Supply]:
-        return self._supplies.values()
+    def _validate_pools(self) -> None:
+        for supply in self._supplies.values():
+            group = _group(supply)
+            for other in self._supplies.values():
+                assert (other.pool is supply.pool) == (other in group)
 
     def _supply(self, model: str) -> Supply:
         supply = self._supplies.get(model)

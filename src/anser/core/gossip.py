@@ -1,0 +1,226 @@
+"""What shards tell each other, and what one knows of the others by it.
+
+Theory of operation
+-------------------
+A `Message` says how things are, never what has changed, so it may be lost, late, doubled or out of
+order: what it says of sums is merged by maximum (`sums`), and the rest of it counts only if its
+number is the highest so far. It says how much of the other's it has taken (`heard_number`,
+`heard_stamp`), and so what need not be said again.
+
+A shard *calls* for slots by telling, for each account below which something waits, the least key of
+its children and whose that is. From all calls follows where a free slot of some models is due:
+from the root down, to the child of least key, at the shard that called for it.
+
+A shard that has not been heard of for `lost_s` calls no more. Nor does one for as long as it has as
+many slots under way to it as it has requests for them, or has just given one back unused.
+
+Times are those of the shard's own clock; nothing compares two clocks.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from math import inf
+
+from anser.core.sums import Row
+
+__all__ = [
+    "CALLS_MAX",
+    "UNHEARD_MAX",
+    "Call",
+    "Loan",
+    "Message",
+    "Neighbour",
+    "Neighbours",
+    "Returned",
+]
+
+CALLS_MAX = 256  # in one message; those of the upper levels first
+UNHEARD_MAX = 8  # slots under way to one shard that it has not confirmed
+_SENT_MAX = 256  # messages whose time is remembered
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Call:
+    """Something waits for this model below `parent`: the least key among its children."""
+
+    parent: str
+    model: str
+    child: str
+    key: int  # micro-credits per share
+
+    def __post_init__(self) -> None:
+        assert self.child.startswith(self.parent)
+        assert self.child != self.parent
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Loan:
+    """A slot of a node of the sender that is the other's until it gives it back."""
+
+    number: int  # of the sender's loans; never used again
+    node: str
+    models: frozenset[str]
+    light: bool = False  # it is for a member who asks little only
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Returned:
+    """A loan of the other that has ended."""
+
+    number: int
+    used: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Message:
+    """How things are at one shard, for another."""
+
+    sender: str
+    receiver: str
+    number: int  # of the sender's messages to the receiver, from 1
+    heard_number: int  # the highest of the receiver's that it has had
+    heard_stamp: int  # the receiver's rows up to this stamp have all been taken
+    since: int  # `rows` are all that changed after this stamp
+    upto: int  # up to this one
+    rows: tuple[Row, ...]
+    calls: tuple[Call, ...]
+    waiting: Mapping[str, int]  # requests by model
+    light: Mapping[str, int]  # of these, some that are next and of members who ask little
+    loans: tuple[Loan, ...]  # all that the receiver has not given back yet
+    returned: tuple[Returned, ...]  # of the receiver's, until it lists them no more
+
+
+@dataclass(slots=True, eq=False)
+class Neighbour:
+    """Another shard, as this one knows it."""
+
+    name: str
+    number: int = 0  # of the last message to it
+    heard_number: int = 0  # of its last message
+    heard_stamp: int = 0
+    acknowledged: int = 0  # the number of the last message that it has had
+    taken: int = 0  # the stamp up to which it has taken our rows
+    heard_at: float = -inf
+    spoken_at: float = -inf
+    news: bool = False  # of a slot lent, had or given back that it has not been told of
+    haste: bool = False  # a light member's request waits that it has not been told of
+    calls: dict[str, dict[str, Call]] = field(
+        default_factory=dict[str, dict[str, Call]]
+    )  # by account and model
+    waiting: Mapping[str, int] = field(default_factory=dict[str, int])
+    light: Mapping[str, int] = field(default_factory=dict[str, int])
+    lent: dict[int, tuple[Loan, int]] = field(
+        default_factory=dict[int, tuple[Loan, int]]
+    )  # to it, each with the number of the first message that told of it
+    returned: dict[int, Returned] = field(default_factory=dict[int, Returned])  # of its loans
+    held: dict[int, Loan] = field(default_factory=dict[int, Loan])  # its loans that are used
+    sent_at: OrderedDict[int, float] = field(default_factory=OrderedDict[int, float])
+
+    def hears(self, message: Message, now: float) -> bool:
+        """Take note of a message; whether it is the newest of it."""
+        self.acknowledged = max(self.acknowledged, min(message.heard_number, self.number))
+        self.taken = max(self.taken, message.heard_stamp)
+        if message.number <= self.heard_number:
+            return False
+        self.heard_number, self.heard_at = message.number, now
+        declined = any(
+            not one.used for one in message.returned if one.number in self.lent
+        )  # who leaves a slot unused does not wait for such
+        self.calls = {}
+        for call in () if declined else message.calls:
+            self.calls.setdefault(call.parent, {})[call.model] = call
+        self.waiting = {} if declined else message.waiting
+        self.light = {} if declined else message.light
+        return True
+
+    def takes(self, message: Message, *, whole: bool) -> None:
+        """Its rows are merged; `whole`: each of them was."""
+        if whole and message.since <= self.heard_stamp:
+            self.heard_stamp = max(self.heard_stamp, message.upto)
+
+    def speaks(self, now: float) -> int:
+        """The number of one more message to it."""
+        self.number += 1
+        self.spoken_at, self.news, self.haste = now, False, False
+        self.sent_at[self.number] = now
+        if len(self.sent_at) > _SENT_MAX:
+            self.sent_at.popitem(last=False)
+        return self.number
+
+    def age(self, message: Message, now: float) -> float:
+        """The most that can have passed since it was sent, by our clock alone.
+
+        It was sent after ours had come that it has heard of.
+        """
+        return now - self.sent_at.get(message.heard_number, -inf)
+
+    @property
+    def under_way(self) -> int:
+        """Slots lent to it of which it has not heard yet, as far as is known."""
+        return sum(first > self.acknowledged for _, first in self.lent.values())
+
+    def wants(self, models: Iterable[str], *, light: bool = False) -> int:
+        """How many more slots of these models it can use, as far as is known."""
+        by_model = self.light if light else self.waiting
+        return sum(by_model.get(model, 0) for model in models) - self.under_way
+
+    def __repr__(self) -> str:
+        return f"<Neighbour {self.name} lent {len(self.lent)} held {len(self.held)}>"
+
+
+class Neighbours:
+    """All other shards. `lost_s`: after so much silence, one is not counted with."""
+
+    def __init__(self, names: Iterable[str], *, lost_s: float) -> None:
+        self.lost_s = lost_s
+        self.now = -inf
+        self.all: dict[str, Neighbour] = {name: Neighbour(name) for name in sorted(names)}
+
+    def heard(self) -> list[Neighbour]:
+        """Those that are there."""
+        return [one for one in self.all.values() if self.now - one.heard_at <= self.lost_s]
+
+    def least(self, parent: str, models: Iterable[str]) -> Call | None:
+        """The call of least key that there is for these models below an account."""
+        found = self._least(parent, list(models))
+        return found[0] if found else None
+
+    def keys(self, parent: str) -> list[int]:
+        """The least keys that wait below an account, for each shard and model."""
+        return [call.key for one in self.heard() for call in one.calls.get(parent, _NONE).values()]
+
+    def neediest(self, models: Iterable[str], *, light: bool = False) -> Neighbour | None:
+        """Who should have a slot of these models; if it is for light members, among theirs.
+
+        None too while it has not confirmed those that it was lent before: perhaps it has gone.
+        """
+        models = list(models)
+        found = self._least("", models, light=light)
+        neighbour: Neighbour | None = None
+        while found is not None:
+            call, neighbour = found
+            found = self._least(call.child, models, light=light)
+        return None if neighbour is None or neighbour.under_way >= UNHEARD_MAX else neighbour
+
+    def _least(
+        self, parent: str, models: list[str], *, light: bool = False
+    ) -> tuple[Call, Neighbour] | None:
+        found: tuple[Call, Neighbour] | None = None
+        for neighbour in self.heard():
+            if neighbour.wants(models, light=light) <= 0:
+                continue
+            calls = neighbour.calls.get(parent, _NONE)
+            for model in models:
+                call = calls.get(model)
+                if call is not None and (found is None or call.key < found[0].key):
+                    found = call, neighbour
+        return found
+
+    def __repr__(self) -> str:
+        return f"<Neighbours {len(self.heard())}/{len(self.all)} heard>"
+
+
+_NONE: dict[str, Call] = {}

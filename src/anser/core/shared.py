@@ -1,0 +1,334 @@
+"""A scheduler that is one of several: its keys are everybody's, its slots are of one pool.
+
+Theory of operation. The tree of accounts is this shard's own, as are its heaps and its window; but
+where an account stands is written in `sums`, which all shards have in common, and copied from there
+whenever it moves. So an account's key here is at any time its lift and what all shards have raised
+it by, as far as this one has heard.
+
+*Window*: nobody here is given a slot who is more than a quarter of it above the least key that
+waits elsewhere for such a slot, as far as is known. When that is true of all, the slot stays free,
+and is due to another shard. Whose a borrowed slot is, its owner has judged.
+
+*Lift*: who begins to wait here and waits at no other shard is lifted to the least key that waits
+anywhere, or to the virtual time that is the maximum of all. Who waits elsewhere already has been
+lifted there.
+
+*Pool*: all models here are of one, whatever nodes this shard has now: what is compared across
+shards must mean the same at each.
+
+Invariant: the key of an account that is in the pool is its key in `sums`.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+
+from anser.core.account import Branch, Leaf, Node, Place
+from anser.core.events import Decision, NodeChanged
+from anser.core.fairness import Shares
+from anser.core.gossip import CALLS_MAX, Call, Neighbours
+from anser.core.job import Job
+from anser.core.members import ancestry
+from anser.core.picking import Picker
+from anser.core.rules import Rules
+from anser.core.scheduler import Scheduler
+from anser.core.slots import Lane, NodeSlots, Slots, Supply
+from anser.core.sums import Sums
+from anser.core.virtual import Pool
+
+__all__ = ["CommonShares", "OnePool", "ShardScheduler", "accounts_of"]
+
+# Of the window, so much is for this shard's own members against others': were it all of it, each
+# shard would prefer its own, and what is meant for caches would go into the difference.
+_ELSEWHERE = 4
+
+
+def accounts_of(member: str) -> tuple[str, ...]:
+    """The names in `sums` of all accounts that a member's requests are charged to."""
+    names = ancestry(member)
+    return ("", *names) if len(names) == 3 else ("", *names, f"{member}/")
+
+
+def _name(account: Node) -> str:
+    """Its name in `sums`: a member's own leaf is one more level."""
+    return account.member if account.name or account.parent is None else f"{account.member}/"
+
+
+class CommonShares(Shares):
+    """Shares whose keys all shards have in common."""
+
+    def __init__(self, rest_s: float, sums: Sums, neighbours: Neighbours) -> None:
+        super().__init__(rest_s)
+        self.models: Sequence[str] = ()  # that the slot which is being given away is for
+        self._sums, self._neighbours = sums, neighbours
+
+    def calls(self, lanes: Iterable[Lane]) -> tuple[Call, ...]:
+        """For each account and model, the least key that waits below it; upper levels first."""
+        by_model: dict[str, list[Lane]] = {}
+        for lane in lanes:
+            by_model.setdefault(lane.supply.model, []).append(lane)
+        found: list[Call] = []
+        parents = [self._root]
+        for parent in parents:  # which grows meanwhile
+            found += [
+                Call(parent=_name(parent), model=model, child=_name(least), key=least.key_in(pool))
+                for model, open_ in by_model.items()
+                if (least := parent.least(open_)) is not None
+                for pool in (open_[0].pool,)
+            ]
+            if len(found) >= CALLS_MAX:
+                break
+            parents += [one for one in parent.children.values() if isinstance(one, Branch)]
+        return tuple(found[:CALLS_MAX])
+
+    def is_due(self, leaf: Leaf, pool: Pool, window: int) -> bool:
+        """Whether nobody who waits elsewhere is that far before this leaf."""
+        for account, parent in leaf.path:
+            call = self._neighbours.least(_name(parent), self.models)
+            if call is not None and account.key_in(pool) > call.key + window // _ELSEWHERE:
+                return False
+        return True
+
+    def restate(self, names: Iterable[str], pool: Pool) -> None:
+        """The keys of these accounts have moved in `sums`."""
+        for name in names:
+            account = self._account(name)
+            if account is None or pool not in account.stands:
+                continue
+            grown = account.move(pool, self._sums.key(name))
+            if grown < 0 and account.parent is not None:
+                account.parent.reorder(account)
+
+    def arrive(self, leaf: Leaf, pool: Pool) -> None:
+        """A request of `leaf` is here: who waited nowhere is lifted, for all shards."""
+        for account, parent in leaf.path:
+            if not account.queued and not account.running:
+                self._wake(account, parent)
+            if not account.waits_in(pool):
+                level = self._level(account, parent, pool)
+                account.lift(pool, level, level)
+                self._sums.lift(_name(account), account.key_in(pool))
+
+    def enqueue(self, place: Place) -> None:
+        """Let an arrived request wait; all shards will know who does."""
+        new = [account for account, _ in place.account.path if not account.queued]
+        super().enqueue(place)
+        for account in new:
+            self._sums.turn(_name(account), waits=True)
+
+    def dequeue(self, place: Place) -> None:
+        """Let a request wait no longer; all shards will know."""
+        super().dequeue(place)
+        for account, _ in place.account.path:
+            if not account.queued:
+                self._sums.turn(_name(account), waits=False)
+
+    def start(self, leaf: Leaf, pool: Pool, micro_credits: int, now: float = 0.0) -> None:
+        """A request of `leaf` gets a slot, and all shards will know what it paid."""
+        former = [account.measure for account, _ in leaf.path]
+        super().start(leaf, pool, micro_credits, now)
+        self._book(leaf, micro_credits, former)
+        for account, parent in leaf.path:
+            self._sums.advance(_name(parent), account.key_in(pool))
+
+    def charge(self, leaf: Leaf, pool: Pool, micro_credits: int) -> None:
+        """Charge a request of `leaf` that runs, or refund; all shards will know."""
+        former = [account.measure for account, _ in leaf.path]
+        super().charge(leaf, pool, micro_credits)
+        self._book(leaf, micro_credits, former)
+
+    def leave(self, leaf: Leaf, pool: Pool) -> None:
+        """Nothing: the pool is there as long as the shard is."""
+
+    def _book(self, leaf: Leaf, micro_credits: int, former: list[int]) -> None:
+        for (account, _), measure in zip(leaf.path, former, strict=True):
+            raised = account.measure - measure
+            self._sums.charge(_name(account), micro_credits=micro_credits, raised=raised)
+
+    def _level(self, account: Node, parent: Branch, pool: Pool) -> int:
+        """The key that `account` has at least when it begins to wait."""
+        name, above = _name(account), _name(parent)
+        key = self._sums.key(name)
+        others = [one.name for one in self._neighbours.heard()]
+        if self._sums.waits_at(name, others):
+            return key
+        lanes = [lane for lane in parent.lanes if lane.pool is pool]
+        least = parent.least(lanes)
+        known = [] if least is None else [least.key_in(pool)]
+        known += self._neighbours.keys(above)
+        return max(key, min(known) if known else self._sums.virtual(above))
+
+    def _window(
+        self, branch: Branch, lanes: Sequence[Lane], window: int, most: int
+    ) -> Iterator[Leaf]:
+        children = branch.near(lanes, window=window, most=most)
+        call = self._neighbours.least(_name(branch), self.models)
+        if call is not None:
+            pool, limit = lanes[0].pool, call.key + window // _ELSEWHERE
+            children = [child for child in children if child.key_in(pool) <= limit]
+        for child in children:
+            if isinstance(child, Leaf):
+                yield child
+            else:
+                yield from self._window(child, lanes, window, -(-most // len(children)))
+
+    def _account(self, name: str) -> Node | None:
+        account = self.find(name.removesuffix("/"))
+        if not name.endswith("/"):
+            return account
+        return account.children.get("") if isinstance(account, Branch) else None
+
+    def validate(self) -> None:
+        """Assert the invariants of the module's docstring, and those of `fairness`."""
+        super().validate()
+        self._sums.validate()
+        for leaf in self._leaves.values():
+            for account, _ in leaf.path:
+                for pool in account.stands:
+                    assert account.key_in(pool) == self._sums.key(_name(account))
+
+
+class OnePool(Slots):
+    """Slots of one pool, also while no node joins its models."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pool = Pool(0)
+
+    def node(self, id: str) -> NodeSlots | None:
+        """What is known of this node."""
+        return self._nodes.get(id)
+
+    def callers(self) -> Iterator[Lane]:
+        """Lanes for which a slot of another shard's node would do.
+
+        Not those that only wait for another node than one that has failed them.
+        """
+        for lane in self.lanes():
+            if not lane.excluded or lane.supply.nodes.keys() <= lane.excluded:
+                yield lane
+
+    def _pool(self) -> Pool:
+        return self.pool
+
+    def _regroup(self, supplies: Iterable[Supply]) -> None:
+        """Nothing: there is one pool."""
+
+    def _retire(self, *pools: Pool, former: tuple[Pool, ...], pool: Pool | None) -> None:
+        """Nothing: there is one pool."""
+
+    def _validate_pools(self) -> None:
+        assert all(supply.pool is self.pool for supply in self._supplies.values())
+
+
+@dataclass(slots=True)
+class _Picker(Picker):
+    """Knows that whether a borrowed slot is for light members only is its owner's to say."""
+
+    borrowed: dict[str, bool] = field(default_factory=dict[str, bool])  # light? by node
+
+    def is_closed(self, node: NodeSlots) -> bool:
+        """Whether only light members may have a slot of this node now."""
+        light = self.borrowed.get(node.id)
+        return Picker.is_closed(self, node) if light is None else light
+
+
+class ShardScheduler(Scheduler):
+    """The scheduler of one shard."""
+
+    _picker: _Picker
+    _shares: CommonShares
+    _slots: OnePool
+
+    def __init__(
+        self,
+        queued_max: int,
+        retries_max: int,
+        rules: Rules,
+        *,
+        sums: Sums,
+        neighbours: Neighbours,
+    ) -> None:
+        # What others' leases read on a node is not known here, so what it does proves nothing.
+        rules = replace(rules, throttle=False)
+        super().__init__(
+            queued_max,
+            retries_max,
+            rules,
+            shares=CommonShares(rules.awake_s, sums, neighbours),
+            slots=OnePool(),
+        )
+        self._picker = _Picker(rules, self._shares, self._slots)
+
+    def calls(self) -> tuple[tuple[Call, ...], Counter[str], Counter[str]]:
+        """What this shard calls for, and how many requests wait for each model; the light ones."""
+        waiting, light = Counter[str](), Counter[str]()
+        lanes = list(self._slots.callers())
+        for lane in lanes:
+            model = lane.supply.model
+            waiting[model] += lane.waiting
+            self._shares.models = (model,)
+            rules = self.rules
+            for leaf in self._shares.window([lane], window=rules.window, most=rules.candidates):
+                place = leaf.oldest([lane])
+                light[model] += isinstance(place, Job) and self._picker.is_light(place)
+        return self._shares.calls(lanes), waiting, light
+
+    def waits_light(self, request: str) -> bool:
+        """Whether this request waits and its member asks little."""
+        job = self._jobs.get(request)
+        return job is not None and job.node is None and self._picker.is_light(job)
+
+    def heard(self, names: Iterable[str], nodes: Iterable[str], now: float) -> list[Decision]:
+        """Other shards have told: the keys of these accounts, and what is due elsewhere."""
+        assert now >= self._now
+        self._now = now
+        self._shares.restate(names, self._slots.pool)
+        decisions: list[Decision] = []
+        for id in nodes:
+            node = self._slots.node(id)
+            if node is not None:
+                decisions += self._fill(node)
+        return decisions
+
+    def borrow(self, id: str, models: frozenset[str], now: float, *, light: bool) -> list[Decision]:
+        """Another shard lends us one slot of its node, perhaps for a light member only.
+
+        At most one request starts in it, and none follows when that ends.
+        """
+        slots = self.running_on(id) + 1
+        self._picker.borrowed[id] = light
+        decisions = self.handle(NodeChanged(node=id, slots=slots, models=models), now)
+        del self._picker.borrowed[id]
+        return decisions + self.handle(NodeChanged(node=id, slots=0, models=frozenset()), now)
+
+    def spare(self, id: str, *, light: bool) -> bool:
+        """Whether this node has a slot for nobody here; `light`: also one for light members."""
+        node = self._slots.node(id)
+        if node is None or not node.free or node.slots < node.claimed:
+            return False
+        return light or not self._picker.is_closed(node)
+
+    def _fill(self, node: NodeSlots) -> list[Decision]:
+        # Whose a borrowed slot is, its owner has judged: two that defer to each other fill none.
+        borrowed = node.id in self._picker.borrowed
+        self._shares.models = () if borrowed else _models(node)
+        return super()._fill(node)
+
+    def __repr__(self) -> str:
+        return f"<ShardScheduler {self.queued} queued, {self.running} running, {self._slots!r}>"
+
+    def _may_idle(self) -> bool:
+        return True  # it may be due to another shard
+
+    def _at_once(self, job: Job, node: NodeSlots) -> bool:
+        if not super()._at_once(job, node):
+            return False
+        self._shares.models = _models(node)
+        return self._shares.is_due(job.account, job.lane.pool, self.rules.window)
+
+
+def _models(node: NodeSlots) -> tuple[str, ...]:
+    return tuple(supply.model for supply in node.supplies)
