@@ -161,11 +161,13 @@ class Account(Generic[_Heap]):
         by_weight, weight = self.service - self.carried_service, self.weight
         grown = (by_weight + micro_credits) * _WEIGHT // weight - by_weight * _WEIGHT // weight
         self.service += micro_credits
-        for other, stand in self.stands.items():
-            if other is pool:
-                stand.key += grown
-            elif stand.key < stand.ceiling:
-                stand.key = min(stand.key + grown, stand.ceiling)
+        own = self.stands.get(pool)
+        if own is not None:
+            own.key += grown
+        if own is None or len(self.stands) > 1:
+            for stand in self.stands.values():
+                if stand is not own and stand.key < stand.ceiling:
+                    stand.key = min(stand.key + grown, stand.ceiling)
         return grown
 
     def weigh(self, weight: int) -> None:

@@ -1,7 +1,7 @@
 """How much of the service of the last minutes went to batch requests.
 
 Theory of operation. Two sums that are halved every minute; only their ratio is asked for, so both
-are kept in units of the moment of the last change.
+are kept in units of one moment, which is moved on once a second at most.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from dataclasses import dataclass
 __all__ = ["Bands"]
 
 _HALF_LIFE_S = 60.0
+_STEP_S = 1.0
 
 
 @dataclass(slots=True)
@@ -34,7 +35,7 @@ class Bands:
         return self._batch / self._all if self._all > 0 else 0.0
 
     def _fade(self, now: float) -> None:
-        if now > self._at:
+        if now - self._at >= _STEP_S:
             faded = 0.5 ** ((now - self._at) / _HALF_LIFE_S)
             self._all *= faded
             self._batch *= faded

@@ -264,8 +264,7 @@ class Shares:
             if virtual is None:
                 virtual = parent.virtual[pool] = Virtual()
             stand = account.stands[pool]
-            virtual.advance(stand.key, now)
-            stand.limit(virtual.reach)
+            stand.limit(virtual.advance(stand.key, now))
             if pool in parent.idle:
                 self._sweep(parent, pool)
 

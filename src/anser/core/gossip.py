@@ -11,6 +11,9 @@ A shard *calls* for slots by telling, for each account below which something wai
 its children and whose that is. From all calls follows where a free slot of some models is due:
 from the root down, to the child of least key, at the shard that called for it.
 
+It also tells what a borrowed slot's node still has to read for members above their share, so that
+the owner's reading gate holds for all. Until it has told of a loan, the gate is closed.
+
 A shard that has not been heard of for `lost_s` calls no more. Nor does one for as long as it has as
 many slots under way to it as it has requests for them, or has just given one back unused.
 
@@ -91,6 +94,7 @@ class Message:
     light: Mapping[str, int]  # of these, some that are next and of members who ask little
     loans: tuple[Loan, ...]  # all that the receiver has not given back yet
     returned: tuple[Returned, ...]  # of the receiver's, until it lists them no more
+    reading: Mapping[str, int]  # prompt tokens of its heavy members, by node of the receiver's
 
 
 @dataclass(slots=True, eq=False)
@@ -106,12 +110,14 @@ class Neighbour:
     heard_at: float = -inf
     spoken_at: float = -inf
     news: bool = False  # of a slot lent, had or given back that it has not been told of
-    haste: bool = False  # a light member's request waits that it has not been told of
+    haste: bool = False  # something has happened that it should know soon
     calls: dict[str, dict[str, Call]] = field(
         default_factory=dict[str, dict[str, Call]]
     )  # by account and model
     waiting: Mapping[str, int] = field(default_factory=dict[str, int])
     light: Mapping[str, int] = field(default_factory=dict[str, int])
+    reading: Mapping[str, int] = field(default_factory=dict[str, int])  # of it, by node of ours
+    told: Mapping[str, int] = field(default_factory=dict[str, int])  # the same of ours, by its node
     lent: dict[int, tuple[Loan, int]] = field(
         default_factory=dict[int, tuple[Loan, int]]
     )  # to it, each with the number of the first message that told of it
@@ -134,6 +140,7 @@ class Neighbour:
             self.calls.setdefault(call.parent, {})[call.model] = call
         self.waiting = {} if declined else message.waiting
         self.light = {} if declined else message.light
+        self.reading = message.reading
         return True
 
     def takes(self, message: Message, *, whole: bool) -> None:
@@ -161,6 +168,13 @@ class Neighbour:
     def under_way(self) -> int:
         """Slots lent to it of which it has not heard yet, as far as is known."""
         return sum(first > self.acknowledged for _, first in self.lent.values())
+
+    def reads(self, node: str) -> float:
+        """What a node of ours has to read for its heavy members; all there is until it has told."""
+        for loan, first in self.lent.values():
+            if loan.node == node and not loan.light and first > self.acknowledged:
+                return inf
+        return self.reading.get(node, 0)
 
     def wants(self, models: Iterable[str], *, light: bool = False) -> int:
         """How many more slots of these models it can use, as far as is known."""
@@ -191,6 +205,10 @@ class Neighbours:
     def keys(self, parent: str) -> list[int]:
         """The least keys that wait below an account, for each shard and model."""
         return [call.key for one in self.heard() for call in one.calls.get(parent, _NONE).values()]
+
+    def reads(self, node: str) -> float:
+        """What a node of ours has to read for heavy members elsewhere, in prompt tokens."""
+        return sum(one.reads(node) for one in self.heard())
 
     def neediest(self, models: Iterable[str], *, light: bool = False) -> Neighbour | None:
         """Who should have a slot of these models; if it is for light members, among theirs.

@@ -53,7 +53,8 @@ class Picker:
 
     def is_light(self, job: Job, *, more: int = 0) -> bool:
         """Whether what its member has in flight is within its share of the slots for its model."""
-        return not job.lane.batch and self._is_within(job.account, job.lane.supply.slots, more)
+        lane = job.lane
+        return not lane.batch and self._is_within(job.account, lane.supply.slots, more)
 
     def _is_within(self, leaf: Leaf, slots: int, more: int = 0) -> bool:
         in_flight = leaf.queued + leaf.running + more

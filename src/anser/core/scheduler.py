@@ -65,7 +65,7 @@ from anser.core.ledger import Usage
 from anser.core.picking import Picker
 from anser.core.prefix import BLOCK_TOKENS, PrefixIndex
 from anser.core.rules import DESIGN, Rules
-from anser.core.slots import NodeSlots, Slots
+from anser.core.slots import Lane, NodeSlots, Slots
 from anser.core.virtual import Pool
 
 __all__ = ["Scheduler"]
@@ -395,14 +395,19 @@ class Scheduler:
             decisions: list[Decision] = [self._push_out(job)]
         else:
             decisions = [] if node is None else self._fill(node)
-        if decisions and node is not None and job.node is None:
-            self._looked_at = -inf  # that slot was another's; there may be more
+        if job.node is None and node is not None and (decisions or self._is_idle(job.lane)):
+            self._looked_at = -inf  # that slot was another's or nobody's; there are more
         return decisions
 
     def _at_once(self, job: Job, node: NodeSlots) -> bool:
         """Whether nobody else is to be asked before `job` gets a free slot of `node`."""
         del job
         return not (self._shares.queued and self._slots.waiting_for(node))
+
+    def _is_idle(self, lane: Lane) -> bool:
+        """Whether a node that might take what waits in `lane` does nothing at all."""
+        node = next(self._slots.freest(lane), None)
+        return node is not None and not node.taken
 
     def _push_out(self, job: Job) -> Refused:
         """The queue is longer than it may be since `job` came: who has most waiting loses one."""

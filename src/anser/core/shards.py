@@ -29,8 +29,7 @@ says that it runs nothing but its owner's leases (`reclaim`): it can have begun 
 because it took no loan that was older than `take_s`. Its own nodes may be given to another shard
 once they say that they run nothing. It may come back with all that it knew, or under a new name.
 
-Limits: one pool, without a batch band; who is light, and what a node has to read, each shard judges
-by its own leases.
+Limits: one pool, without a batch band; who is light each shard judges by its own leases.
 
 Invariants: a node has no more slots in its owner's scheduler than it claims less those lent; each
 slot that is held of another shard has one lease; those of `sums`, `shared` and `scheduler`.
@@ -42,7 +41,7 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from anser.core.events import Decision, Event, NodeChanged, NodeGone, Refused, Submitted
+from anser.core.events import Decision, Event, NodeChanged, NodeGone, Refused, Start, Submitted
 from anser.core.gossip import Loan, Message, Neighbour, Neighbours, Returned
 from anser.core.rules import DESIGN, Rules
 from anser.core.shared import ShardScheduler, accounts_of
@@ -114,6 +113,9 @@ class Shard:
             if not self.sums.room_for(accounts_of(request.member)):
                 return [Refused(request=request.id, code="overloaded")]
         decisions = self.scheduler.handle(self._less_lent(event), now)
+        for one in self._neighbours.all.values():
+            if one.held and self._reading(one) != one.told:
+                one.haste = True
         if isinstance(event, Submitted) and self.scheduler.waits_light(event.request.id):
             for one in self._neighbours.all.values():
                 one.haste = True
@@ -122,8 +124,8 @@ class Shard:
     def speak(self, now: float) -> list[Message]:
         """What is to be sent now, if anything; to be asked after each event, and often.
 
-        To each other shard in turn; at once when a slot changes hands, and soon when a request of a
-        member waits that asks little.
+        To each other shard in turn; at once when a slot changes hands, and soon when a prompt has
+        been charged or read, or when a request of a member waits that asks little.
         """
         self._neighbours.now = now
         due = [one for one in self._neighbours.all.values() if self._is_due(one, now)]
@@ -133,6 +135,7 @@ class Shard:
         messages: list[Message] = []
         for one in due:
             rows, upto = self.sums.changed(one.taken, self.gossip.rows_max)
+            one.told = self._reading(one)
             messages.append(
                 Message(
                     sender=self.name,
@@ -148,6 +151,7 @@ class Shard:
                     light=light,
                     loans=tuple(loan for loan, _ in one.lent.values()),
                     returned=tuple(one.returned.values()),
+                    reading=one.told,
                 )
             )
         return messages
@@ -186,6 +190,12 @@ class Shard:
                 lost = [n for n, (loan, _) in one.lent.items() if loan.node == node]
                 decisions += self._close(one, lost, now)
         return self._settle(decisions, now)
+
+    def _reading(self, one: Neighbour) -> dict[str, int]:
+        """What its nodes have to read for heavy members of ours."""
+        nodes = {loan.node for loan in one.held.values()}
+        reading = {node: self.scheduler.reading_on(node) for node in nodes}
+        return {node: tokens for node, tokens in sorted(reading.items()) if tokens}
 
     def _is_due(self, one: Neighbour, now: float) -> bool:
         silent_s = now - one.spoken_at
@@ -256,7 +266,9 @@ class Shard:
 
     def _settle(self, decisions: list[Decision], now: float) -> list[Decision]:
         """Give back what is used no more, and lend what is due elsewhere."""
+        started = any(isinstance(decision, Start) for decision in decisions)
         for one in self._neighbours.all.values():
+            one.haste |= started  # its prompt has been charged at once
             used = Counter(loan.node for loan in one.held.values())
             for node, held in used.items():
                 over = held - self.scheduler.running_on(node)
@@ -264,12 +276,18 @@ class Shard:
                 self._give_back(one, loans[:over], used=True)
         for node, owned in list(self._owned.items()):
             for light in (False, True):
-                while self.scheduler.spare(node, light=light):
-                    neediest = self._neighbours.neediest(sorted(owned.models), light=light)
-                    if neediest is None:
-                        break
-                    self._lend(neediest, node, owned, light=light)
-                    decisions = decisions + self.scheduler.handle(self._offer(node, owned), now)
+                decisions = decisions + self._lend_all(node, owned, now, light=light)
+        return decisions
+
+    def _lend_all(self, node: str, owned: _Owned, now: float, *, light: bool) -> list[Decision]:
+        """Lend what this node has to spare and is due elsewhere."""
+        decisions: list[Decision] = []
+        while self.scheduler.spare(node, light=light):
+            neediest = self._neighbours.neediest(sorted(owned.models), light=light)
+            if neediest is None:
+                break
+            self._lend(neediest, node, owned, light=light)
+            decisions += self.scheduler.handle(self._offer(node, owned), now)
         return decisions
 
     def _lend(self, one: Neighbour, node: str, owned: _Owned, *, light: bool) -> None:

@@ -223,16 +223,23 @@ class OnePool(Slots):
         assert all(supply.pool is self.pool for supply in self._supplies.values())
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, kw_only=True)
 class _Picker(Picker):
     """Knows that whether a borrowed slot is for light members only is its owner's to say."""
 
+    neighbours: Neighbours
     borrowed: dict[str, bool] = field(default_factory=dict[str, bool])  # light? by node
 
     def is_closed(self, node: NodeSlots) -> bool:
         """Whether only light members may have a slot of this node now."""
         light = self.borrowed.get(node.id)
-        return Picker.is_closed(self, node) if light is None else light
+        if light is not None:
+            return light
+        if Picker.is_closed(self, node):
+            return True
+        elsewhere = self.neighbours.reads(node.id) if self.rules.light_first else 0
+        reading = node.reading_heavy + elsewhere
+        return elsewhere > 0 and reading > self.rules.gate_s * node.pace.prefill_tokens_s.value
 
 
 class ShardScheduler(Scheduler):
@@ -260,7 +267,7 @@ class ShardScheduler(Scheduler):
             shares=CommonShares(rules.awake_s, sums, neighbours),
             slots=OnePool(),
         )
-        self._picker = _Picker(rules, self._shares, self._slots)
+        self._picker = _Picker(rules, self._shares, self._slots, neighbours=neighbours)
 
     def calls(self) -> tuple[tuple[Call, ...], Counter[str], Counter[str]]:
         """What this shard calls for, and how many requests wait for each model; the light ones."""
@@ -275,6 +282,11 @@ class ShardScheduler(Scheduler):
                 place = leaf.oldest([lane])
                 light[model] += isinstance(place, Job) and self._picker.is_light(place)
         return self._shares.calls(lanes), waiting, light
+
+    def reading_on(self, id: str) -> int:
+        """Prompt tokens that this node has to read for members above their share."""
+        node = self._slots.node(id)
+        return node.reading_heavy if node else 0
 
     def waits_light(self, request: str) -> bool:
         """Whether this request waits and its member asks little."""

@@ -202,7 +202,7 @@ class Slots:
         """Take a free slot of `node`."""
         assert node.taken < node.slots
         node.taken += 1
-        self._settle(node)
+        self._place(node, level=_level(node))
 
     def give_back(self, node: NodeSlots) -> None:
         """Give a taken slot of `node` back."""
@@ -432,7 +432,8 @@ def _group(supply: Supply) -> set[Supply]:
 
 def _level(node: NodeSlots) -> int:
     # Rounded up: a node with any free slot is in some level, one with all free in the highest.
-    return -(-node.free * _LEVELS // node.slots) if node.slots else 0
+    free = node.slots - node.taken
+    return -(-free * _LEVELS // node.slots) if free > 0 else 0
 
 
 def _validate_supply(supply: Supply) -> None:

@@ -45,11 +45,12 @@ class Virtual:
     _marked: int = 0
     _marked_at: float = -inf
 
-    def advance(self, key: int, at: float) -> None:
-        """A child with this key was given a slot at `at`, in monotonic seconds."""
+    def advance(self, key: int, at: float) -> int:
+        """A child with this key was given a slot at `at`, in monotonic seconds; tells the reach."""
         self.now = max(self.now, key)
         if at - self._marked_at >= _HORIZON_S:
             self._former, self._marked, self._marked_at = self._marked, self.now, at
+        return 2 * self.now - self._former
 
     @classmethod
     def joint(cls, former: Iterable[Virtual]) -> Virtual:
