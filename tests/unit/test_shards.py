@@ -240,6 +240,33 @@ def test_a_light_member_elsewhere_gets_a_slot_that_is_kept_for_such() -> None:
     assert ring.shards["t"].scheduler.running_on("n") <= 1
 
 
+def test_a_prompt_is_told_in_haste() -> None:
+    """It was charged in one piece, so the others are not left to think otherwise for long."""
+    ring = Ring("s", "t")
+    ring.node("s", "n", 1)
+    ring.talk()
+    soon = ring.now + ring.gossip.every_s / 4
+    assert ring.shards["s"].speak(soon) == []
+    ring.submit("s", "r")
+    (message,) = ring.shards["s"].speak(soon)
+    assert [row.charged for row in message.rows if row.account == "a"] == [100 * CREDIT]
+
+
+def test_what_is_read_for_others_closes_a_node() -> None:
+    """Its owner counts what borrowers have to read there, and lends no more until that is read."""
+    ring = Ring("s", "t", rules=replace(DESIGN, hold=False, express=0.0))
+    ring.node("s", "n", 8)
+    for number in range(8):
+        ring.submit("t", f"r{number}", "a")
+        ring.submit("t", f"q{number}", "b")
+    ring.talk(20)  # a node of which nothing is known reads 250 tokens in a quarter of a second
+    assert ring.shards["t"].scheduler.running_on("n") == 3
+    for lease in ("r0.1", "q0.1", "r1.1"):
+        ring.tell("t", Progressed(lease=lease, tokens=1))
+    ring.talk(20)
+    assert ring.shards["t"].scheduler.running_on("n") > 3
+
+
 def test_a_silent_shard_is_not_counted_with() -> None:
     """Whoever has not been heard of for a while holds nobody back."""
     ring = Ring("s", "t")
@@ -355,6 +382,24 @@ def test_a_refund_elsewhere_puts_forward() -> None:
     ring.talk()
     keys = {row.member: row.key for row in ring.shards["t"].scheduler.standings()}
     assert keys["a"] < keys["b"]
+
+
+def test_a_refund_elsewhere_reaches_who_has_nothing_here_any_more() -> None:
+    """An account that is kept because it is ahead is less so from then on."""
+    ring = Ring("s", "t")
+    ring.node("s", "n", 1)
+    ring.node("t", "own", 1)
+    ring.submit("t", "r", "a")
+    ring.submit("s", "q", "a")
+    ring.talk()
+    ring.finish("s", "q.1", output=50)
+    root = ring.shards["s"].scheduler._shares._root
+    [idle] = root.idle.values()
+    assert [(one.member, one.queued + one.running) for one in idle] == [("a", 0)]
+    before = idle.least().key_in(ring.shards["s"].scheduler._slots.pool)
+    ring.tell("t", Failed(lease="r.1", delivered=Usage(), retry=False))
+    ring.talk()
+    assert idle.least().key_in(ring.shards["s"].scheduler._slots.pool) == before - 100 * CREDIT
 
 
 def test_a_newcomer_is_lifted_to_the_least_that_waits_anywhere() -> None:
@@ -487,6 +532,7 @@ def test_neighbours_tell_of_themselves() -> None:
     ring = Ring("s", "t")
     neighbours = ring.shards["s"]._neighbours
     assert "1/1 heard" in repr(neighbours)
+    assert repr(ring.shards["s"].sums) == "<Sums of 0 accounts, stamp 0>"
     assert "t" in repr(neighbours.all["t"])
     for _ in range(300):
         ring.messages("s")
