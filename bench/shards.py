@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from itertools import count
 from zlib import crc32
@@ -23,8 +23,8 @@ from anser.core.shards import Gossip, Shard
 from bench.rows import Options, Row, at_least, at_most, figure, mean
 from bench.sharing import heavy
 from bench.trace import CREDIT, Gap, Trace, percentile
-from bench.workloads import chats
-from bench.world import run
+from bench.workloads import Source, chats
+from bench.world import World
 
 __all__ = ["Shards", "shards"]
 
@@ -49,10 +49,7 @@ _HEAVY = [f"heavy{number}" for number in range(4)]
 
 @dataclass(slots=True)
 class Shards:
-    """So many shards as one policy. Nodes go round; each request comes to any of them.
-
-    Time passes with the events that the world tells of, of which there are dozens a second.
-    """
+    """So many shards as one policy. Nodes go round; each request comes to any of them."""
 
     number: int
     every_s: float
@@ -81,10 +78,10 @@ class Shards:
 
     def handle(self, event: Event, now: float) -> list[Decision]:
         """Let messages arrive that are due, then tell the event to whom it concerns."""
-        decisions = self._talk(now)
+        decisions = self.talk(now)
         for shard in self._told(event):
             decisions += shard.handle(event, now)
-        return decisions + self._talk(now)
+        return decisions + self.talk(now)
 
     def paid(self) -> Mapping[str, int]:
         """What each member has been charged so far by all of them, in micro-credits."""
@@ -110,7 +107,8 @@ class Shards:
             case _:
                 return [self._homes[event.lease.partition(".")[0]]]
 
-    def _talk(self, now: float) -> list[Decision]:
+    def talk(self, now: float) -> list[Decision]:
+        """Let messages arrive that are due, and send those that are."""
         decisions: list[Decision] = []
         while self._wire and self._wire[0][0] <= now:
             message = heapq.heappop(self._wire)[2]
@@ -120,6 +118,21 @@ class Shards:
                 at = now + _ON_ITS_WAY_S
                 heapq.heappush(self._wire, (at, next(self._sent), message))
         return decisions
+
+
+@dataclass(slots=True)
+class _World(World):
+    """A world in which messages arrive when they do, whatever else happens."""
+
+    def run(self, sources: Iterable[Source], seconds: float) -> Trace:
+        """Let `sources` ask for so long."""
+        self._talk()
+        return World.run(self, sources, seconds)
+
+    def _talk(self) -> None:
+        assert isinstance(self.policy, Shards)
+        self._act(self.policy.talk(self.now))
+        self._at(self.now + _ON_ITS_WAY_S, self._talk)
 
 
 def shards(options: Options) -> list[Row]:
@@ -170,7 +183,7 @@ class _Found:
 def _measure(number: int, every_s: float, options: Options) -> _Found:
     options.tell(f"E9 {number} shards, {every_s:g} s")
     traces = [
-        run(Shards(number, every_s), heavy(seed) + chats(seed), options.seconds)
+        _World(Shards(number, every_s)).run(heavy(seed) + chats(seed), options.seconds)
         for seed in options.all_seeds
     ]
     since, span_s = options.warm, options.seconds - options.warm

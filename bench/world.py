@@ -19,6 +19,7 @@ from functools import partial
 from anser.core.events import (
     Abort,
     Cancelled,
+    Decision,
     Event,
     Failed,
     Finished,
@@ -150,7 +151,10 @@ class World:
     # The policy's decisions
 
     def _tell(self, event: Event) -> None:
-        for decision in self.policy.handle(event, self.now):
+        self._act(self.policy.handle(event, self.now))
+
+    def _act(self, decisions: Iterable[Decision]) -> None:
+        for decision in decisions:
             match decision:
                 case Start():
                     self._start(decision)
