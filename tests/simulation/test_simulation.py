@@ -25,7 +25,7 @@ from tests.simulation.story import failure
 from tests.simulation.world import World, simulate
 
 _SEEDS = 200
-_SHARD_SEEDS = 100
+_SHARD_SEEDS = 60
 _STORIES = tomllib.loads((Path(__file__).parent / "stories.toml").read_text("utf-8"))["story"]
 _CROWDED = 7  # from this seed on there is soon a world in which many wait for long
 
