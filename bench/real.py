@@ -249,7 +249,7 @@ async def _run(
     *,
     flooded: bool,
 ) -> Run:
-    floods_s, warm_s, seconds = (2.0, 2.0, 12.0) if options.quick else (10.0, 30.0, 210.0)
+    floods_s, warm_s, seconds = (1.0, 1.0, 6.0) if options.quick else (10.0, 30.0, 210.0)
     async with _platform(model, path, scheduler) as (services, url):
         names = [f"light{number}" for number in range(_LIGHT)] + ["flood"] * flooded
         begun = monotonic()
