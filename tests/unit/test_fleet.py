@@ -118,7 +118,9 @@ def test_an_id_is_made_from_the_url(url: str, id_: str) -> None:
 
 def test_a_node_keeps_what_it_was_given() -> None:
     """Given fields stay; a jurisdiction is written in capitals."""
-    node = Node(id="big", url="http://gpu", slots=NODE_SLOTS_MAX, model="m", jurisdiction="de")
+    node = Node(
+        id="big", url="http://gpu", slots=NODE_SLOTS_MAX, model="m", jurisdiction="de", member="lab"
+    )
     assert check_node(node) == replace(node, jurisdiction="DE")
 
 
@@ -136,6 +138,9 @@ def test_a_node_keeps_what_it_was_given() -> None:
         ({"jurisdiction": "DEU"}, "jurisdiction"),
         ({"jurisdiction": "d1"}, "jurisdiction"),
         ({"url": "x"}, "url"),
+        ({"member": "lab/vision"}, "member"),
+        ({"member": "anonymous"}, "member"),
+        ({"member": "No Name"}, "member"),
     ],
 )
 def test_what_is_no_node(fields: dict[str, object], param: str) -> None:
