@@ -42,7 +42,13 @@ def shards() -> list[ShardWorld]:
     return []
 
 
-@pytest.mark.parametrize("seed", range(_SEEDS))
+def _seeds(number: int) -> list[Any]:
+    """So many, of which a quarter are lived through on every interpreter."""
+    late = [pytest.param(seed, marks=pytest.mark.slow) for seed in range(number // 4, number)]
+    return [*range(number // 4), *late]
+
+
+@pytest.mark.parametrize("seed", _seeds(_SEEDS))
 def test_world(seed: int, worlds: list[World]) -> None:
     """No request is lost or answered twice; receipts, charges and the bound are as promised."""
     worlds.append(simulate(seed))
@@ -96,7 +102,7 @@ def test_what_once_failed_does_not(story: dict[str, Any], caplog: pytest.LogCapt
     assert [record for record in caplog.records if record.name == "asyncio"] == []
 
 
-@pytest.mark.parametrize("seed", range(_SHARD_SEEDS))
+@pytest.mark.parametrize("seed", _seeds(_SHARD_SEEDS))
 def test_shards(seed: int, shards: list[ShardWorld]) -> None:
     """Whatever the network does, no slot is booked twice, no request lost, and sums converge."""
     shards.append(simulate_shards(seed))
