@@ -233,7 +233,8 @@ async def _platform(
         serving = tasks.create_task(door.serve())
         try:
             async with asyncio.timeout(30):
-                while not all(one.ready for one in services.fleet.statuses()):  # noqa: ASYNC110
+                fleet = services.fleet
+                while not all(one.ready for one in fleet.statuses()):  # noqa: ASYNC110 - no news
                     await asyncio.sleep(0.05)
             yield services, url_of(sock)
         finally:

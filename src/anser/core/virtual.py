@@ -50,7 +50,7 @@ class Virtual:
         self.now = max(self.now, key)
         if at - self._marked_at >= _HORIZON_S:
             self._former, self._marked, self._marked_at = self._marked, self.now, at
-        return 2 * self.now - self._former
+        return self.reach
 
     @classmethod
     def joint(cls, former: Iterable[Virtual]) -> Virtual:
