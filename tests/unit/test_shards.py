@@ -11,7 +11,7 @@ from anser.core.events import (
     NodeGone,
     Progressed,
 )
-from anser.core.gossip import UNHEARD_MAX
+from anser.core.gossip import UNHEARD_MAX, Lent, Loan, Neighbour, Returned
 from anser.core.ledger import Usage
 from anser.core.rules import DESIGN, STRICT
 from tests.ring import MODELS, Ring
@@ -65,7 +65,7 @@ def test_a_newcomer_does_not_pass_who_waits_elsewhere() -> None:
     ring = Ring("s", "t")
     ring.node("s", "n", 1)
     ring.submit("s", "q", "a")
-    ring.finish("s", "q.1", output=50)
+    ring.finish("s", "q.1", output=5_000)
     ring.node("s", "n", 0)
     for number in range(2 * UNHEARD_MAX):
         ring.submit("t", f"r{number}", "b")
@@ -75,6 +75,66 @@ def test_a_newcomer_does_not_pass_who_waits_elsewhere() -> None:
     assert ring.submit("s", "q2", "a") == []
     assert ring.submit("s", "q3", "a") == []
     assert ring.shards["s"].scheduler.queued == 2
+
+
+def serve(ring: Ring, member: str) -> None:
+    """Let this member be served a prompt at `s`, and wait there again."""
+    ring.node("s", "n", 1)
+    ring.submit("s", "q", member)
+    ring.finish("s", "q.1")
+    ring.node("s", "n", 0)
+    ring.submit("s", "q2", member)
+
+
+def test_a_slot_that_is_under_way_counts_as_used() -> None:
+    """Who is lent one is charged for it in thought, until the borrower tells the charge."""
+    ring = Ring("s", "t")
+    ring.submit("t", "r", "b")
+    ring.submit("t", "r2", "b")
+    serve(ring, "a")
+    ring.talk()
+    assert ring.node("s", "n", 2) == ["q2.1 n"]
+    assert ring.talk() == ["r.1 n"]
+
+
+def test_what_others_than_the_caller_served_counts() -> None:
+    """A call is as old as its message; what has been served since is known without it."""
+    ring = Ring("s", "t")
+    ring.submit("t", "r", "b")
+    serve(ring, "a")
+    ring.talk()
+    ring.submit("s", "r2", "b")
+    assert ring.node("s", "n", 2) == ["r2.1 n", "q2.1 n"]
+
+
+def test_a_slot_that_nobody_light_takes_says_nothing_of_the_others() -> None:
+    """Only calls of light members count no more until the borrower calls again."""
+    ring = Ring("s", "t")
+    ring.submit("t", "r", "b")
+    (calls,) = ring.messages("t")
+    loan = Loan(number=1, node="n", models=MODELS, light=True)
+    one = Neighbour(name="t", lent={1: Lent(loan=loan, told=0, costs={})})
+    calls = replace(calls, light={"m": 1}, returned=(Returned(number=1, used=False),))
+    assert one.hears(calls, ring.now)
+    assert one.wants(["m"]) == 1
+    assert one.calls[""]["m"].child == "b"
+    assert one.wants(["m"], light=True) == 0
+
+
+def test_who_is_light_is_judged_by_all_shards() -> None:
+    """What a member has in flight elsewhere counts, and so do the slots there."""
+    ring = Ring("s", "t", rules=replace(DESIGN, hold=False))
+    ring.node("t", "n", 10)
+    ring.submit("t", "c", "c")
+    ring.talk()
+    for number in range(3):
+        ring.submit("s", f"q{number}", "a")
+    assert ring.shards["s"].scheduler.waits_light("q2"), "of ten slots"
+    for number in range(5):
+        ring.submit("t", f"r{number}", "b")
+    ring.talk()
+    assert ring.submit("s", "p", "b") == []
+    assert not ring.shards["s"].scheduler.waits_light("p"), "six in flight"
 
 
 def test_a_slot_that_nobody_takes_goes_back() -> None:

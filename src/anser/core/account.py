@@ -170,6 +170,10 @@ class Account(Generic[_Heap]):
                     stand.key = min(stand.key + grown, stand.ceiling)
         return grown
 
+    def growth(self, micro_credits: int) -> int:
+        """By about how much its key would grow by this service, in micro-credits per share."""
+        return micro_credits * _WEIGHT // self.weight
+
     def weigh(self, weight: int) -> None:
         """Let what comes be paid by another weight; what was paid stays paid."""
         if self.awake and self.parent is not None:

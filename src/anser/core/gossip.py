@@ -22,17 +22,18 @@ Times are those of the shard's own clock; nothing compares two clocks.
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from math import inf
 
-from anser.core.sums import Row
+from anser.core.sums import Row, Sums
 
 __all__ = [
     "CALLS_MAX",
     "UNHEARD_MAX",
     "Call",
+    "Lent",
     "Loan",
     "Message",
     "Neighbour",
@@ -53,6 +54,7 @@ class Call:
     model: str
     child: str
     key: int  # micro-credits per share
+    cost: int = 0  # the same: by how much that grows when its next request starts
 
     def __post_init__(self) -> None:
         assert self.child.startswith(self.parent)
@@ -89,12 +91,22 @@ class Message:
     since: int  # `rows` are all that changed after this stamp
     upto: int  # up to this one
     rows: tuple[Row, ...]
+    slots: Mapping[str, int]  # of its nodes, by model
     calls: tuple[Call, ...]
     waiting: Mapping[str, int]  # requests by model
     light: Mapping[str, int]  # of these, some that are next and of members who ask little
     loans: tuple[Loan, ...]  # all that the receiver has not given back yet
     returned: tuple[Returned, ...]  # of the receiver's, until it lists them no more
     reading: Mapping[str, int]  # prompt tokens of its heavy members, by node of the receiver's
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Lent:
+    """A loan, as its owner knows it."""
+
+    loan: Loan
+    told: int  # the number of the first message that told of it
+    costs: Mapping[str, int]  # by how much keys of accounts will have grown when it is used
 
 
 @dataclass(slots=True, eq=False)
@@ -114,13 +126,12 @@ class Neighbour:
     calls: dict[str, dict[str, Call]] = field(
         default_factory=dict[str, dict[str, Call]]
     )  # by account and model
+    slots: Mapping[str, int] = field(default_factory=dict[str, int])
     waiting: Mapping[str, int] = field(default_factory=dict[str, int])
     light: Mapping[str, int] = field(default_factory=dict[str, int])
     reading: Mapping[str, int] = field(default_factory=dict[str, int])  # of it, by node of ours
     told: Mapping[str, int] = field(default_factory=dict[str, int])  # the same of ours, by its node
-    lent: dict[int, tuple[Loan, int]] = field(
-        default_factory=dict[int, tuple[Loan, int]]
-    )  # to it, each with the number of the first message that told of it
+    lent: dict[int, Lent] = field(default_factory=dict[int, Lent])  # to it
     returned: dict[int, Returned] = field(default_factory=dict[int, Returned])  # of its loans
     held: dict[int, Loan] = field(default_factory=dict[int, Loan])  # its loans that are used
     sent_at: OrderedDict[int, float] = field(default_factory=OrderedDict[int, float])
@@ -132,15 +143,15 @@ class Neighbour:
         if message.number <= self.heard_number:
             return False
         self.heard_number, self.heard_at = message.number, now
-        declined = any(
-            not one.used for one in message.returned if one.number in self.lent
-        )  # who leaves a slot unused does not wait for such
+        # Who leaves a slot unused does not wait for such.
+        unused = [one.number for one in message.returned if not one.used]
+        declined = {self.lent[number].loan.light for number in unused if number in self.lent}
         self.calls = {}
-        for call in () if declined else message.calls:
+        for call in () if False in declined else message.calls:
             self.calls.setdefault(call.parent, {})[call.model] = call
-        self.waiting = {} if declined else message.waiting
+        self.waiting = {} if False in declined else message.waiting
         self.light = {} if declined else message.light
-        self.reading = message.reading
+        self.reading, self.slots = message.reading, message.slots
         return True
 
     def takes(self, message: Message, *, whole: bool) -> None:
@@ -165,21 +176,20 @@ class Neighbour:
         return now - self.sent_at.get(message.heard_number, -inf)
 
     @property
-    def under_way(self) -> int:
-        """Slots lent to it of which it has not heard yet, as far as is known."""
-        return sum(first > self.acknowledged for _, first in self.lent.values())
+    def unheard(self) -> list[Lent]:
+        """What is lent to it and of which it has not heard yet, as far as is known."""
+        return [lent for lent in self.lent.values() if lent.told > self.acknowledged]
 
     def reads(self, node: str) -> float:
         """What a node of ours has to read for its heavy members; all there is until it has told."""
-        for loan, first in self.lent.values():
-            if loan.node == node and not loan.light and first > self.acknowledged:
-                return inf
+        if any(lent.loan.node == node and not lent.loan.light for lent in self.unheard):
+            return inf
         return self.reading.get(node, 0)
 
     def wants(self, models: Iterable[str], *, light: bool = False) -> int:
         """How many more slots of these models it can use, as far as is known."""
         by_model = self.light if light else self.waiting
-        return sum(by_model.get(model, 0) for model in models) - self.under_way
+        return sum(by_model.get(model, 0) for model in models) - len(self.unheard)
 
     def __repr__(self) -> str:
         return f"<Neighbour {self.name} lent {len(self.lent)} held {len(self.held)}>"
@@ -188,8 +198,9 @@ class Neighbour:
 class Neighbours:
     """All other shards. `lost_s`: after so much silence, one is not counted with."""
 
-    def __init__(self, names: Iterable[str], *, lost_s: float) -> None:
+    def __init__(self, names: Iterable[str], sums: Sums, *, lost_s: float) -> None:
         self.lost_s = lost_s
+        self._sums = sums
         self.now = -inf
         self.all: dict[str, Neighbour] = {name: Neighbour(name) for name in sorted(names)}
 
@@ -197,44 +208,64 @@ class Neighbours:
         """Those that are there."""
         return [one for one in self.all.values() if self.now - one.heard_at <= self.lost_s]
 
-    def least(self, parent: str, models: Iterable[str]) -> Call | None:
-        """The call of least key that there is for these models below an account."""
-        found = self._least(parent, list(models))
+    def least(self, parent: str, models: Iterable[str]) -> int | None:
+        """The least key that is called for below an account, for these models."""
+        found = self._least(parent, list(models), self.pledged())
         return found[0] if found else None
+
+    def pledged(self) -> Counter[str]:
+        """By how much the keys of accounts will grow by slots that are under way to them."""
+        pledged = Counter[str]()
+        for one in self.heard():
+            for lent in one.unheard:
+                pledged.update(lent.costs)
+        return pledged
 
     def keys(self, parent: str) -> list[int]:
         """The least keys that wait below an account, for each shard and model."""
         return [call.key for one in self.heard() for call in one.calls.get(parent, _NONE).values()]
 
+    def slots(self, model: str) -> int:
+        """Slots of their nodes for a model."""
+        return sum(one.slots.get(model, 0) for one in self.heard())
+
     def reads(self, node: str) -> float:
         """What a node of ours has to read for heavy members elsewhere, in prompt tokens."""
         return sum(one.reads(node) for one in self.heard())
 
-    def neediest(self, models: Iterable[str], *, light: bool = False) -> Neighbour | None:
-        """Who should have a slot of these models; if it is for light members, among theirs.
+    def neediest(
+        self, models: Iterable[str], *, light: bool = False
+    ) -> tuple[Neighbour, dict[str, int]] | None:
+        """Who should have a slot of these models, and by how much that will raise whose keys.
 
-        None too while it has not confirmed those that it was lent before: perhaps it has gone.
+        `light`: if it is for light members, among theirs. None too while it has not confirmed those
+        that it was lent before: perhaps it has gone.
         """
-        models = list(models)
-        found = self._least("", models, light=light)
+        models, pledged = list(models), self.pledged()
+        costs: dict[str, int] = {}
         neighbour: Neighbour | None = None
+        found = self._least("", models, pledged, light=light)
         while found is not None:
-            call, neighbour = found
-            found = self._least(call.child, models, light=light)
-        return None if neighbour is None or neighbour.under_way >= UNHEARD_MAX else neighbour
+            _, call, neighbour = found
+            costs[call.child] = call.cost
+            found = self._least(call.child, models, pledged, light=light)
+        if neighbour is None or len(neighbour.unheard) >= UNHEARD_MAX:
+            return None
+        return neighbour, costs
 
     def _least(
-        self, parent: str, models: list[str], *, light: bool = False
-    ) -> tuple[Call, Neighbour] | None:
-        found: tuple[Call, Neighbour] | None = None
+        self, parent: str, models: list[str], pledged: Counter[str], *, light: bool = False
+    ) -> tuple[int, Call, Neighbour] | None:
+        found: tuple[int, Call, Neighbour] | None = None
         for neighbour in self.heard():
             if neighbour.wants(models, light=light) <= 0:
                 continue
             calls = neighbour.calls.get(parent, _NONE)
-            for model in models:
-                call = calls.get(model)
-                if call is not None and (found is None or call.key < found[0].key):
-                    found = call, neighbour
+            for call in (calls[model] for model in models if model in calls):
+                # Others than the caller may have served the child since.
+                key = max(call.key, self._sums.key(call.child)) + pledged[call.child]
+                if found is None or key < found[0]:
+                    found = key, call, neighbour
         return found
 
     def __repr__(self) -> str:

@@ -54,7 +54,10 @@ class Picker:
     def is_light(self, job: Job, *, more: int = 0) -> bool:
         """Whether what its member has in flight is within its share of the slots for its model."""
         lane = job.lane
-        return not lane.batch and self._is_within(job.account, lane.supply.slots, more)
+        return not lane.batch and self._is_within(job.account, self._slots_of(lane), more)
+
+    def _slots_of(self, lane: Lane) -> int:
+        return lane.supply.slots
 
     def _is_within(self, leaf: Leaf, slots: int, more: int = 0) -> bool:
         in_flight = leaf.queued + leaf.running + more
@@ -85,7 +88,7 @@ class Picker:
     def _next(self, node: NodeSlots, lanes: list[Lane], now: float) -> tuple[Job, Why] | None:
         closed, best, gain_most, first, rivals = self.is_closed(node), None, 0, None, 0
         rules, impatient = self.rules, self._impatient(now)
-        slots_most = max((lane.supply.slots for lane in lanes), default=0)
+        slots_most = max(map(self._slots_of, lanes), default=0)
         for leaf in self.shares.window(lanes, window=rules.window, most=rules.candidates):
             first = leaf if first is None else first
             rivals += 1

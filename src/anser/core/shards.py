@@ -29,7 +29,7 @@ says that it runs nothing but its owner's leases (`reclaim`): it can have begun 
 because it took no loan that was older than `take_s`. Its own nodes may be given to another shard
 once they say that they run nothing. It may come back with all that it knew, or under a new name.
 
-Limits: one pool, without a batch band; who is light each shard judges by its own leases.
+Limits: one pool, without a batch band.
 
 Invariants: a node has no more slots in its owner's scheduler than it claims less those lent; each
 slot that is held of another shard has one lease; those of `sums`, `shared` and `scheduler`.
@@ -42,7 +42,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from anser.core.events import Decision, Event, NodeChanged, NodeGone, Refused, Start, Submitted
-from anser.core.gossip import Loan, Message, Neighbour, Neighbours, Returned
+from anser.core.gossip import Lent, Loan, Message, Neighbour, Neighbours, Returned
 from anser.core.rules import DESIGN, Rules
 from anser.core.shared import ShardScheduler, accounts_of
 from anser.core.sums import Sums
@@ -93,7 +93,7 @@ class Shard:
         self.gossip = gossip = Gossip() if gossip is None else gossip
         self.dropped = 0  # messages that were for another, or from nobody
         self.sums = Sums(gossip.accounts_max)
-        self._neighbours = Neighbours(others, lost_s=gossip.lost_s)
+        self._neighbours = Neighbours(others, self.sums, lost_s=gossip.lost_s)
         assert name not in self._neighbours.all
         self.scheduler = ShardScheduler(
             queued_max, retries_max, rules, sums=self.sums, neighbours=self._neighbours
@@ -146,10 +146,11 @@ class Shard:
                     since=one.taken,
                     upto=upto,
                     rows=rows,
+                    slots=self.scheduler.owned(),
                     calls=calls,
                     waiting=waiting,
                     light=light,
-                    loans=tuple(loan for loan, _ in one.lent.values()),
+                    loans=tuple(lent.loan for lent in one.lent.values()),
                     returned=tuple(one.returned.values()),
                     reading=one.told,
                 )
@@ -187,7 +188,7 @@ class Shard:
         decisions: list[Decision] = []
         for one in self._neighbours.all.values():
             if now - one.heard_at > 2 * self.gossip.lost_s:
-                lost = [n for n, (loan, _) in one.lent.items() if loan.node == node]
+                lost = [n for n, lent in one.lent.items() if lent.loan.node == node]
                 decisions += self._close(one, lost, now)
         return self._settle(decisions, now)
 
@@ -208,11 +209,14 @@ class Shard:
             case NodeChanged():
                 assert not any(event.node == loan.node for loan in self._held())
                 owned = self._owned.setdefault(event.node, _Owned(0, frozenset()))
+                self.scheduler.own(-owned.slots, owned.models)
+                self.scheduler.own(event.slots, event.models)
                 owned.slots, owned.models = event.slots, event.models
                 self._forget(event.node, owned)
                 return self._offer(event.node, owned)
             case NodeGone(node=node) if node in self._owned:
                 owned = self._owned[node]
+                self.scheduler.own(-owned.slots, owned.models)
                 owned.slots, owned.models = 0, frozenset()
                 self._forget(node, owned)
                 return event
@@ -231,7 +235,7 @@ class Shard:
         decisions: list[Decision] = []
         for number in numbers:
             if number in one.lent:
-                node = one.lent.pop(number)[0].node
+                node = one.lent.pop(number).loan.node
                 owned = self._owned[node]
                 owned.lent -= 1
                 decisions += self.scheduler.handle(self._offer(node, owned), now)
@@ -286,16 +290,17 @@ class Shard:
             neediest = self._neighbours.neediest(sorted(owned.models), light=light)
             if neediest is None:
                 break
-            self._lend(neediest, node, owned, light=light)
+            one, costs = neediest
+            loan = self._loan(node, owned, light=light)
+            one.lent[loan.number] = Lent(loan=loan, told=one.number + 1, costs=costs)
+            one.news = True
             decisions += self.scheduler.handle(self._offer(node, owned), now)
         return decisions
 
-    def _lend(self, one: Neighbour, node: str, owned: _Owned, *, light: bool) -> None:
+    def _loan(self, node: str, owned: _Owned, *, light: bool) -> Loan:
         self._loans += 1
-        loan = Loan(number=self._loans, node=node, models=owned.models, light=light)
-        one.lent[loan.number] = loan, one.number + 1
         owned.lent += 1
-        one.news = True
+        return Loan(number=self._loans, node=node, models=owned.models, light=light)
 
     def _held(self) -> list[Loan]:
         return [loan for one in self._neighbours.all.values() for loan in one.held.values()]
@@ -308,7 +313,7 @@ class Shard:
         """Assert the invariants of the module's docstring."""
         self.scheduler.validate()
         lent = Counter(
-            loan.node for one in self._neighbours.all.values() for loan, _ in one.lent.values()
+            lent.loan.node for one in self._neighbours.all.values() for lent in one.lent.values()
         )
         assert lent == Counter({node: owned.lent for node, owned in self._owned.items()})
         for loan_node, held in Counter(loan.node for loan in self._held()).items():

@@ -27,7 +27,7 @@ from dataclasses import dataclass, field, replace
 
 from anser.core.account import Branch, Leaf, Node, Place
 from anser.core.events import Decision, NodeChanged
-from anser.core.fairness import Shares
+from anser.core.fairness import Shares, price
 from anser.core.gossip import CALLS_MAX, Call, Neighbours
 from anser.core.job import Job
 from anser.core.members import ancestry
@@ -56,6 +56,21 @@ def _name(account: Node) -> str:
     return account.member if account.name or account.parent is None else f"{account.member}/"
 
 
+def _call(parent: Branch, child: Node, model: str, lanes: Sequence[Lane]) -> Call:
+    leaf = child.first(lanes) if isinstance(child, Branch) else child
+    oldest = leaf.oldest(lanes)
+    assert isinstance(oldest, Job)
+    request = oldest.request
+    cost = price(fresh=request.prompt_tokens, factor_milli=request.factor_milli)
+    return Call(
+        parent=_name(parent),
+        model=model,
+        child=_name(child),
+        key=child.key_in(lanes[0].pool),
+        cost=child.growth(cost),
+    )
+
+
 class CommonShares(Shares):
     """Shares whose keys all shards have in common."""
 
@@ -73,10 +88,9 @@ class CommonShares(Shares):
         parents = [self._root]
         for parent in parents:  # which grows meanwhile
             found += [
-                Call(parent=_name(parent), model=model, child=_name(least), key=least.key_in(pool))
+                _call(parent, least, model, open_)
                 for model, open_ in by_model.items()
                 if (least := parent.least(open_)) is not None
-                for pool in (open_[0].pool,)
             ]
             if len(found) >= CALLS_MAX:
                 break
@@ -85,9 +99,11 @@ class CommonShares(Shares):
 
     def is_due(self, leaf: Leaf, pool: Pool, window: int) -> bool:
         """Whether nobody who waits elsewhere is that far before this leaf."""
+        pledged = self._neighbours.pledged()
         for account, parent in leaf.path:
-            call = self._neighbours.least(_name(parent), self.models)
-            if call is not None and account.key_in(pool) > call.key + window // _ELSEWHERE:
+            key = account.key_in(pool) + pledged[_name(account)]
+            least = self._neighbours.least(_name(parent), self.models)
+            if least is not None and key > least + window // _ELSEWHERE:
                 return False
         return True
 
@@ -117,10 +133,12 @@ class CommonShares(Shares):
         super().enqueue(place)
         for account in new:
             self._sums.turn(_name(account), waits=True)
+        self._sums.come(_name(place.account))
 
     def dequeue(self, place: Place) -> None:
         """Let a request wait no longer; all shards will know."""
         super().dequeue(place)
+        self._sums.leave(_name(place.account))
         for account, _ in place.account.path:
             if not account.queued:
                 self._sums.turn(_name(account), waits=False)
@@ -129,6 +147,7 @@ class CommonShares(Shares):
         """A request of `leaf` gets a slot, and all shards will know what it paid."""
         former = [account.measure for account, _ in leaf.path]
         super().start(leaf, pool, micro_credits, now)
+        self._sums.come(_name(leaf))
         self._book(leaf, micro_credits, former)
         for account, parent in leaf.path:
             self._sums.advance(_name(parent), account.key_in(pool))
@@ -138,6 +157,16 @@ class CommonShares(Shares):
         former = [account.measure for account, _ in leaf.path]
         super().charge(leaf, pool, micro_credits)
         self._book(leaf, micro_credits, former)
+
+    def end(self, leaf: Leaf) -> None:
+        """A request of `leaf` runs no longer; all shards will know."""
+        super().end(leaf)
+        self._sums.leave(_name(leaf))
+
+    def in_flight_elsewhere(self, leaf: Leaf) -> int:
+        """How many requests of `leaf` wait or run at other shards, as far as is known."""
+        others = [one.name for one in self._neighbours.heard()]
+        return self._sums.in_flight_at(_name(leaf), others)
 
     def leave(self, leaf: Leaf, pool: Pool) -> None:
         """Nothing: the pool is there as long as the shard is."""
@@ -164,10 +193,13 @@ class CommonShares(Shares):
         self, branch: Branch, lanes: Sequence[Lane], window: int, most: int
     ) -> Iterator[Leaf]:
         children = branch.near(lanes, window=window, most=most)
-        call = self._neighbours.least(_name(branch), self.models)
-        if call is not None:
-            pool, limit = lanes[0].pool, call.key + window // _ELSEWHERE
-            children = [child for child in children if child.key_in(pool) <= limit]
+        least = self._neighbours.least(_name(branch), self.models)
+        if least is not None:
+            pool, limit = lanes[0].pool, least + window // _ELSEWHERE
+            pledged = self._neighbours.pledged()
+            children = [
+                child for child in children if child.key_in(pool) + pledged[_name(child)] <= limit
+            ]
         for child in children:
             if isinstance(child, Leaf):
                 yield child
@@ -225,10 +257,22 @@ class OnePool(Slots):
 
 @dataclass(slots=True, kw_only=True)
 class _Picker(Picker):
-    """Knows that whether a borrowed slot is for light members only is its owner's to say."""
+    """Knows that light is who asks little of all shards, and that a borrowed slot has an owner.
 
+    Whether that is for light members only, its owner says.
+    """
+
+    common: CommonShares
     neighbours: Neighbours
+    owned: Counter[str] = field(default_factory=Counter[str])  # slots of this shard, by model
     borrowed: dict[str, bool] = field(default_factory=dict[str, bool])  # light? by node
+
+    def _slots_of(self, lane: Lane) -> int:
+        model = lane.supply.model
+        return self.owned[model] + self.neighbours.slots(model)
+
+    def _is_within(self, leaf: Leaf, slots: int, more: int = 0) -> bool:
+        return Picker._is_within(self, leaf, slots, more + self.common.in_flight_elsewhere(leaf))
 
     def is_closed(self, node: NodeSlots) -> bool:
         """Whether only light members may have a slot of this node now."""
@@ -267,7 +311,8 @@ class ShardScheduler(Scheduler):
             shares=CommonShares(rules.awake_s, sums, neighbours),
             slots=OnePool(),
         )
-        self._picker = _Picker(rules, self._shares, self._slots, neighbours=neighbours)
+        shares = self._shares
+        self._picker = _Picker(rules, shares, self._slots, common=shares, neighbours=neighbours)
 
     def calls(self) -> tuple[tuple[Call, ...], Counter[str], Counter[str]]:
         """What this shard calls for, and how many requests wait for each model; the light ones."""
@@ -282,6 +327,15 @@ class ShardScheduler(Scheduler):
                 place = leaf.oldest([lane])
                 light[model] += isinstance(place, Job) and self._picker.is_light(place)
         return self._shares.calls(lanes), waiting, light
+
+    def own(self, slots: int, models: frozenset[str]) -> None:
+        """So many slots for these models are this shard's, lent or not, or no more if negative."""
+        for model in models:
+            self._picker.owned[model] += slots
+
+    def owned(self) -> dict[str, int]:
+        """Slots of this shard, lent or not, by model."""
+        return dict(+self._picker.owned)
 
     def reading_on(self, id: str) -> int:
         """Prompt tokens that this node has to read for members above their share."""

@@ -45,11 +45,14 @@ class Row:
     raised: int = 0  # what that did to the key: micro-credits per share
     lowered: int = 0
     turns: int = 0  # how often it has begun or ceased to wait there: odd while it waits
+    came: int = 0  # requests that began to wait there, and that began to run
+    left: int = 0  # that ceased to
     lift: int = 0  # its key less what all shards have raised it by
     virtual: int = 0  # the largest key among its children that has ever been given a slot
 
     def __post_init__(self) -> None:
         assert min(self.charged, self.refunded, self.raised, self.lowered, self.turns) >= 0
+        assert self.came >= self.left >= 0
 
     def merged(self, other: Row) -> Row:
         """The row of which both are earlier states."""
@@ -60,6 +63,8 @@ class Row:
             raised=max(self.raised, other.raised),
             lowered=max(self.lowered, other.lowered),
             turns=max(self.turns, other.turns),
+            came=max(self.came, other.came),
+            left=max(self.left, other.left),
             lift=max(self.lift, other.lift),
             virtual=max(self.virtual, other.virtual),
         )
@@ -78,6 +83,8 @@ class _Entry:
     own_raised: int = 0
     own_lowered: int = 0
     turns: int = 0
+    came: int = 0
+    left: int = 0
     rows: dict[str, Row] = field(default_factory=dict[str, Row])
 
     def own(self) -> Row:
@@ -88,6 +95,8 @@ class _Entry:
             raised=self.own_raised,
             lowered=self.own_lowered,
             turns=self.turns,
+            came=self.came,
+            left=self.left,
             lift=self.lift,
             virtual=self.virtual,
         )
@@ -138,6 +147,12 @@ class Sums:
         rows = [entry.rows.get(shard) for shard in shards] if entry else []
         return any(row.turns % 2 for row in rows if row)
 
+    def in_flight_at(self, account: str, shards: Iterable[str]) -> int:
+        """How many of its requests wait or run at these other shards, as far as is known."""
+        entry = self._entries.get(account)
+        rows = [entry.rows.get(shard) for shard in shards] if entry else []
+        return sum(row.came - row.left for row in rows if row)
+
     def charge(self, account: str, *, micro_credits: int, raised: int) -> None:
         """This shard has charged it so much, which has raised its key; a refund is negative."""
         entry = self._change(account)
@@ -162,6 +177,16 @@ class Sums:
         entry = self._change(account)
         entry.turns += 1
         assert entry.turns % 2 == waits
+
+    def come(self, account: str) -> None:
+        """A request of it begins to wait here, or to run."""
+        self._change(account).came += 1
+
+    def leave(self, account: str) -> None:
+        """A request of it ceases to wait here, or to run."""
+        entry = self._change(account)
+        entry.left += 1
+        assert entry.left <= entry.came
 
     def changed(self, since: int, most: int) -> tuple[tuple[Row, ...], int]:
         """Own rows that changed after stamp `since`, and the stamp up to which these are all."""
