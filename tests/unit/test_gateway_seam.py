@@ -15,8 +15,9 @@ import pytest
 from anser.adapters.memory_engine import MemoryEngine
 from anser.config import GatewaySettings, MemberSettings
 from anser.core.errors import EngineBroken, EngineRefused
+from anser.core.fairness import price
 from anser.core.fleet import EngineKind, EngineReport
-from anser.core.ledger import Outcome, Receipt
+from anser.core.ledger import Outcome, Receipt, Usage
 from anser.ports import Call, Route
 from anser.services.chunks import Piece
 from anser.services.members import OWNER
@@ -40,12 +41,14 @@ class Copyist(MemoryEngine):
         dies_after: Callable[[], int | None] = lambda: None,
         careless: bool = False,
         kind: EngineKind = EngineKind.LLAMACPP,
-        refuses: bool = False,
         sizes: Callable[[], int] = lambda: 3,
+        slots: int = 4,
+        pause_s: Callable[[Call], float] = lambda _: 0.0,
     ) -> None:
-        super().__init__()
+        super().__init__(slots=slots)
+        self.pause_s = pause_s
         self.dies_after, self.careless, self.kind = dies_after, careless, kind
-        self.refuses, self.sizes = refuses, sizes
+        self.sizes = sizes
         self.calls: list[Call] = []
 
     async def inspect(self) -> EngineReport:
@@ -61,9 +64,8 @@ class Copyist(MemoryEngine):
     async def _write(self, call: Call, left: int | None) -> AsyncGenerator[bytes]:
         body: Any = call.body
         prompt = _begun(call)
-        if self.refuses and prompt:
-            raise EngineRefused("No turn of the assistant's may come last.")
         at, written, stops = len(prompt), 0, body.get("stop") or []
+        await asyncio.sleep(0.001)
         if call.route is Route.CHAT:
             yield _chunk(call, "", role=True)
         finish = "stop"
@@ -84,7 +86,7 @@ class Copyist(MemoryEngine):
                     written += 1
                 break
             yield _chunk(call, text)
-            await asyncio.sleep(0)
+            await asyncio.sleep(self.pause_s(call))
             at, written = end, written + 1
         yield _chunk(call, "", finish=finish)
         usage = {"prompt_tokens": 4 + len(prompt) // 3, "completion_tokens": written}
@@ -198,6 +200,19 @@ async def test_no_character_is_lost_or_twice(seed: int) -> None:
     assert first <= len(text) <= first + slack
 
 
+async def test_a_stop_string_across_the_seam_ends_the_answer() -> None:
+    """Its beginning was sent by a careless engine that died; the next one does not know of it."""
+    at = TEXT.index("END") // 3 + 1  # chunks until its first letters are out
+    assert TEXT[: 3 * at].endswith("EN")
+    engines = {"a": Copyist(dies_after=once(at), careless=True), "b": Copyist()}
+    async with open_pool({**engines}) as pool:
+        text, pieces = await read(pool, asked(stop=["END"]))
+        assert text == TEXT[: 3 * at]
+        assert [piece.finish for piece in pieces if piece.finish] == ["stop"]
+        receipt = await told(pool)
+        assert (receipt.outcome, receipt.usage.completion_tokens) == (Outcome.FINISHED, at)
+
+
 async def test_the_rest_keeps_to_the_longest_answer() -> None:
     """What was said counts, and so does an end that only the dead node's finish was missing to."""
     for dies_after in (5, 8):
@@ -239,7 +254,17 @@ async def test_an_answer_ends_where_its_tries_end() -> None:
 
 async def test_an_engine_that_cannot_go_on_is_passed_over() -> None:
     """It is not its fault, and one that can has the rest; where all cannot, that is told."""
-    for refusing in (Copyist(kind=EngineKind.OPENAI), Copyist(refuses=True)):
+
+    class Stubborn(Copyist):
+        """Takes no turn of the assistant's as the last one."""
+
+        async def _write(self, call: Call, left: int | None) -> AsyncGenerator[bytes]:
+            if _begun(call):
+                raise EngineRefused("The last message must be the user's.")
+            async for chunk in super()._write(call, left):
+                yield chunk
+
+    for refusing in (Copyist(kind=EngineKind.OPENAI), Stubborn()):
         engines = {"a": Copyist(dies_after=once(4)), "b": refusing}
         async with open_pool({**engines}) as pool:
             text, _ = await read(pool, asked())
@@ -256,6 +281,29 @@ async def test_half_a_tool_call_is_told_honestly() -> None:
             await read(pool, asked(tools=[{}]))
         receipt = await told(pool)
         assert (receipt.outcome, len(receipt.leases)) == (Outcome.FAILED, 1)
+
+
+async def test_each_lease_pays_its_own_part_only() -> None:
+    """Also where the second node dies in something that nobody can go on with."""
+
+    class Calling(Copyist):
+        """Goes on with a tool call, and dies."""
+
+        async def _write(self, call: Call, left: int | None) -> AsyncGenerator[bytes]:
+            if _begun(call):
+                calls = [{"index": 0, "function": {"name": "f", "arguments": "{"}}]
+                choice = {"index": 0, "delta": {"tool_calls": calls}, "finish_reason": None}
+                yield json.dumps({"choices": [choice]}).encode()
+                raise EngineBroken("It died too.")
+            async for chunk in super()._write(call, left):
+                yield chunk
+
+    async with open_pool({"a": Calling(dies_after=once(4))}) as pool:
+        with pytest.raises(EngineBroken, match="too"):
+            await read(pool, asked())
+        receipt = await told(pool)
+        assert receipt.usage == Usage(prompt_tokens=4, completion_tokens=5)
+        assert keys_paid(pool) == price(fresh=4, output=5, factor_milli=1_000)
 
 
 async def test_a_request_of_ones_own_fault_is_not_gone_on_with() -> None:
@@ -305,13 +353,33 @@ async def test_who_leaves_at_the_seam_pays_for_what_was_said() -> None:
 async def test_a_deadline_is_for_the_first_token() -> None:
     """A request that has had it in time is gone on with after its deadline."""
     engines = {"a": Copyist(dies_after=once(9)), "b": Copyist()}
-    settings = GatewaySettings(queue_timeout_s=0.2)
-    async with open_pool({**engines}, settings=settings) as pool:
+    async with open_pool({**engines}) as pool:
         wanted = replace(asked(), deadline=pool.gateway.clock.now() + 0.3)
-        pieces: list[Piece] = []
-        async with pool.gateway.answer(wanted) as answer:
-            async for piece in answer:
-                pieces.append(piece)
-                if len(pieces) == 5:
-                    await asyncio.sleep(0.5)
-        assert "".join(piece.text for piece in pieces) == TEXT
+        assert await slowly(pool, wanted) == TEXT
+
+
+async def test_patience_begins_anew_at_the_seam() -> None:
+    """However long an answer has taken, its rest may wait as long as any request."""
+    settings, dies = GatewaySettings(queue_timeout_s=0.8), once(9)
+    engines = {name: Copyist(dies_after=dies, slots=1, pause_s=_busy_s) for name in "ab"}
+    async with open_pool({**engines}, settings=settings) as pool:
+        ours = asyncio.ensure_future(slowly(pool, asked()))
+        await asyncio.sleep(0.05)
+        other = asyncio.ensure_future(read(pool, replace(asked(), id="busy")))  # about 1.1 s
+        assert await ours == TEXT
+        await other
+
+
+def _busy_s(call: Call) -> float:
+    return 0.05 if call.lease.startswith("busy") else 0.0
+
+
+async def slowly(pool: Pool, wanted: Any) -> str:
+    """What a client reads that stops in the middle for half a second."""
+    pieces: list[Piece] = []
+    async with pool.gateway.answer(wanted) as answer:
+        async for piece in answer:
+            pieces.append(piece)
+            if len(pieces) == 5:
+                await asyncio.sleep(0.5)
+    return "".join(piece.text for piece in pieces)

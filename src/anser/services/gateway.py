@@ -23,7 +23,7 @@ from contextlib import (
     asynccontextmanager,
     suppress,
 )
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from anser.config import GatewaySettings
 from anser.core.errors import (
@@ -291,8 +291,9 @@ class Gateway:
                     ending = Ending(run.demand.output_tokens_max)
         await stream.aclose()  # the engine's slot is free before the scheduler gives it away
         await self._end(run, Outcome.FINISHED, None)
+        usage = run.whole(run.settled())
         for piece in ending.pieces:
-            yield piece
+            yield piece if piece.usage is None else replace(piece, usage=usage)
 
     async def _relay(self, run: Run, opened: Opened, ending: Ending) -> AsyncGenerator[Piece]:
         """Count and pass on the chunks of one lease, but for the end. Raises EngineError."""
