@@ -28,6 +28,8 @@ def said(*texts: str, stop: object = None) -> Said:
     found = Said.of({**ASKED, "stop": stop})
     for text in texts:
         found.add(piece({"content": text}))
+    found.validate()
+    assert "secret" not in repr(found), "it may be in a log"
     return found
 
 
@@ -36,9 +38,9 @@ def said(*texts: str, stop: object = None) -> Said:
 
 def test_plain_text_is_kept() -> None:
     """All that was sent, in order, also what is no ASCII; a role or nothing is no text."""
-    found = said("Wild ", "gänse 🪿")
+    found = said("Wild ", "gänse 🪿", " secret")
     found.add(piece({"role": "assistant"}))
-    assert (found.open, found.text) == (True, "Wild gänse 🪿")
+    assert (found.open, found.text) == (True, "Wild gänse 🪿 secret")
 
 
 @pytest.mark.parametrize(
@@ -55,6 +57,7 @@ def test_what_is_not_plain_text_is_not_gone_on_with(delta: dict[str, object]) ->
     found = said("a")
     found.add(piece(delta))
     found.add(piece({"content": "b"}))
+    found.validate()
     assert (found.open, found.text) == (False, "")
 
 

@@ -6,8 +6,8 @@ client: the scheduler puts the request back at the front, and it starts elsewher
 begins the rest of an answer whose node has died (`Run.go_on`). What an engine refuses is the
 request's own fault and is tried nowhere else, unless it is the way to go on that is refused.
 
-Invariants: each failed lease is told to the scheduler and kept in the run once; the fleet is told
-of every failure that is the node's.
+Each failed lease is told to the scheduler, and kept in the run, once; the fleet is told of every
+failure that is the node's.
 """
 
 from __future__ import annotations

@@ -48,11 +48,12 @@ class Said:
 
     open: bool
     stops: tuple[str, ...] = ()
-    last: Piece | None = None
+    last: Piece | None = field(default=None, repr=False)
     chars: int = 0
-    _parts: list[str] = field(default_factory=list[str])
-    _around: str = ""  # the seam, from where a stop string across it could begin
-    _seam: int = 0  # where in that it is
+    _parts: list[str] = field(default_factory=list[str], repr=False)
+    # The seam, from where a stop string across it could begin, and where in that it is:
+    _around: str = field(default="", repr=False)
+    _seam: int = 0
     _watched: int = 0  # characters to come in which such a string could end
 
     @classmethod
@@ -61,6 +62,11 @@ class Said:
         stop = body.get("stop") or ()
         stops = (stop,) if isinstance(stop, str) else tuple(cast("list[str]", stop))
         return cls(not any(name in body for name in _FORMED), stops)
+
+    def validate(self) -> None:
+        """Assert the invariants of the module's docstring."""
+        assert len(self.text) == self.chars <= SEAM_CHARS_MAX if self.open else not self._parts
+        assert 0 <= self._seam <= len(self._around)
 
     @property
     def text(self) -> str:
