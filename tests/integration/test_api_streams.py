@@ -183,13 +183,14 @@ async def test_a_silent_engine_is_covered_by_comments(
 async def test_a_break_in_mid_stream_is_an_error_event(
     server: Server, http: httpx.AsyncClient
 ) -> None:
-    """A node lost after the first token ends the stream with an error, and without [DONE]."""
+    """A node lost where none can go on ends the stream with an error, and without [DONE]."""
+    form = {"type": "json_object"}
 
     async def play(talk: Talk) -> None:
         await talk.say(SSE_HEAD, delta("a"), delta("b"))
         talk.reset()
 
-    async with listed(server, play), streaming(http) as response:
+    async with listed(server, play), streaming(http, response_format=form) as response:
         assert response.status_code == 200
         lines = await events(response)
         request = response.headers["x-request-id"]

@@ -11,7 +11,7 @@ import pytest
 
 from anser.adapters.engine_http import HttpEngine
 from anser.adapters.engine_llamacpp import LlamaCppEngine
-from anser.config import EngineSettings
+from anser.config import EngineSettings, GatewaySettings
 from anser.core.errors import EngineBroken, EngineDeclined, NoNode, SourceError
 from anser.core.fleet import Node
 from anser.core.health import NodeState
@@ -27,7 +27,9 @@ DONE = event(b"[DONE]") + b"0\r\n\r\n"
 
 
 @asynccontextmanager
-async def pool_over(*scripts: bytes | None) -> AsyncGenerator[tuple[Pool, list[Hostile]]]:
+async def pool_over(
+    *scripts: bytes | None, settings: GatewaySettings | None = None
+) -> AsyncGenerator[tuple[Pool, list[Hostile]]]:
     """A pool of listed nodes; each answers chats with its bytes, `None` with words for ever."""
     hostiles = [Hostile(_script(each)) for each in scripts]
     for hostile in hostiles:
@@ -38,7 +40,7 @@ async def pool_over(*scripts: bytes | None) -> AsyncGenerator[tuple[Pool, list[H
     }
     engines = {name: HttpEngine(node) for name, node in nodes.items()}
     try:
-        async with open_pool({}, more={**engines}) as pool:
+        async with open_pool({}, more={**engines}, settings=settings) as pool:
             for node in nodes.values():
                 await pool.fleet.add(node)
             yield pool, hostiles
@@ -111,7 +113,7 @@ async def test_false_usage_is_replaced_by_the_gateways_own_count(claimed: int) -
 async def test_a_stream_that_ends_without_a_finish_is_not_an_end() -> None:
     """[DONE] without a finish_reason is the node's failure, told in mid-stream."""
     cut = SSE_HEAD + delta("half an ans") + DONE
-    async with pool_over(cut) as (pool, _):
+    async with pool_over(cut, settings=GatewaySettings(continue_answers=False)) as (pool, _):
         pieces, error = await read(pool)
         assert [json.loads(piece.data)["choices"][0]["delta"] for piece in pieces] == [
             {"content": "half an ans"}

@@ -40,6 +40,7 @@ class Client:
     asked: bool = False
     text: str = ""
     tokens: int = 0
+    before: int = 0  # of these, from nodes that have died since
     finishes: int = 0
     usage: Usage | None = None
     left: bool = False

@@ -127,8 +127,19 @@ class Machine:
                 details["cached_tokens"] = -7
         return json.dumps(answer, separators=(",", ":")).encode()
 
-    def credible(self, made: Made, *, estimate: int) -> Usage:
-        """What may be believed of a lease: its own word as far as that can be, else what came."""
+    def credible(self, made: Made, *, estimate: int, before: int) -> Usage:
+        """What may be believed of a lease: its own word as far as that can be, else what came.
+
+        What others had said `before` is no part of the prompt.
+        """
+        usage = self._credible(made, estimate=estimate)
+        if not before or made.usage is None or self.plan.lie is Lie.WILD:
+            return usage
+        prompt = max(1, usage.prompt_tokens - before)
+        cached = min(usage.cached_tokens, prompt)
+        return replace(usage, prompt_tokens=prompt, cached_tokens=cached)
+
+    def _credible(self, made: Made, *, estimate: int) -> Usage:
         word, tokens = made.usage, made.tokens
         if word is None or self.plan.lie is Lie.WILD:
             return Usage(prompt_tokens=estimate, completion_tokens=tokens)

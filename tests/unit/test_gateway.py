@@ -144,9 +144,11 @@ async def test_a_request_gives_up_after_its_tries() -> None:
 
 
 async def test_a_failure_after_the_first_token_is_told() -> None:
-    """What has been said cannot be unsaid: the error comes in mid-stream, and is not retried."""
+    """Where nobody may go on, the error comes in mid-stream: what has been said stays said."""
     fault = Fault(kind=FaultKind.BREAK, after_tokens=2)
-    async with open_pool({"a": engine(fault), "b": engine(fault)}) as pool:
+    settings = GatewaySettings(continue_answers=False)
+    engines = {"a": engine(fault), "b": engine(fault)}
+    async with open_pool({**engines}, settings=settings) as pool:
         got: list[Piece] = []
         with pytest.raises(EngineBroken):
             await read(pool, demand(), into=got)
@@ -182,7 +184,7 @@ async def test_silence_before_the_first_token_is_a_failed_node() -> None:
 async def test_silence_between_tokens_is_told() -> None:
     """Never silence: a gap beyond the limit is an error event."""
     fault = Fault(kind=FaultKind.STALL, after_tokens=2)
-    settings = GatewaySettings(token_gap_timeout_s=0.1)
+    settings = GatewaySettings(token_gap_timeout_s=0.1, continue_answers=False)
     async with open_pool({"a": engine(fault)}, settings=settings) as pool:
         with pytest.raises(EngineStalled):
             await read(pool, demand())

@@ -159,8 +159,8 @@ class MemoryEngine:
     # --------------------------------------------------------------------- one answer
 
     async def _answer(self, call: Call) -> AsyncGenerator[bytes]:
-        prompt = json.dumps([call.body.get("messages"), call.body.get("prompt")], sort_keys=True)
-        words = prompt.split()
+        prompt, begun = _begun(call)
+        words = [*prompt.split(), *begun]
         fault = self._fault_of(call)
         if fault is not None and fault.after_tokens == 0:
             await _go_wrong(fault)
@@ -171,16 +171,16 @@ class MemoryEngine:
             )
         cached = await self._read_prompt(words)
         chunks = _Chunks(call, self._model)
-        wish = _length(call, prompt)
-        most = min(wish, _natural_length(call, prompt), self._context_tokens - len(words))
+        wish, whole = _length(call, prompt), _natural_length(call, prompt) - len(begun)
+        most = min(wish, whole, self._context_tokens - len(words))
         if call.route is Route.CHAT:
             yield chunks.piece(role=True)
         for index in range(most):
             if fault is not None and fault.after_tokens == index and index:
                 await _go_wrong(fault)
             await self._step()
-            yield chunks.piece(_word(call, prompt, index))
-        yield chunks.piece(finish="length" if most < _natural_length(call, prompt) else "stop")
+            yield chunks.piece(_word(call, prompt, len(begun) + index))
+        yield chunks.piece(finish="length" if most < whole else "stop")
         yield chunks.usage(prompt=len(words), cached=cached, completion=most)
 
     async def _step(self) -> None:
@@ -236,6 +236,25 @@ def _blocks(words: list[str]) -> list[int]:
     for end in range(_BLOCK_TOKENS, len(words) + 1, _BLOCK_TOKENS):
         chain.append(_hash(chain[-1] if chain else 0, words[end - _BLOCK_TOKENS : end]))
     return chain
+
+
+def _begun(call: Call) -> tuple[str, list[str]]:
+    """The prompt, and the words of its answer that are there already, to be gone on from.
+
+    A chat's are the assistant's last turn; a text's are what it would have said to its beginning.
+    """
+    messages: Any = call.body.get("messages")
+    if call.route is Route.CHAT and messages and messages[-1].get("role") == "assistant":
+        return json.dumps([messages[:-1], None], sort_keys=True), messages[-1]["content"].split()
+    text: Any = call.body.get("prompt")
+    for end in range(1, len(text)) if isinstance(text, str) else ():
+        prompt = json.dumps([None, text[:end]])
+        rest = text[end:]
+        if rest.startswith(_word(call, prompt, 0)):
+            words = rest.split()
+            if rest == "".join(_word(call, prompt, index) for index in range(len(words))):
+                return prompt, words
+    return json.dumps([messages, text], sort_keys=True), []
 
 
 def _word(call: Call, prompt: str, index: int) -> str:

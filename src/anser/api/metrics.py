@@ -135,6 +135,11 @@ class PoolCollector(Collector):
             "Starts that failed before a first token and went elsewhere.",
             value=stats.retries,
         )
+        yield CounterMetricFamily(
+            "anser_continued",
+            "Answers that another node went on with after theirs had died.",
+            value=stats.continued,
+        )
 
     def _fleet(self) -> Iterator[Metric]:
         views = view_of(self._services.fleet, self._services.gateway).nodes

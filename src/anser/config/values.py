@@ -146,6 +146,9 @@ class GatewaySettings:
         low=1,
         high=2**24,
     )
+    continue_answers: bool = _setting(
+        default=True, doc="Whether another node goes on with an answer whose node has died."
+    )
     probe_interval_s: float = _seconds(10.0, "How often each node's health is asked, seconds.")
     cache_sharing: str = _setting(
         "platform",

@@ -75,6 +75,7 @@ __all__ = [
     "SCHEMA_NODES_MAX",
     "SCHEMA_PATTERN_ATOMS_MAX",
     "SCHEMA_PATTERN_CHARS_MAX",
+    "SEAM_CHARS_MAX",
     "START_WAIT_S",
     "STOP_CHARS_MAX",
     "STOP_MAX",
@@ -133,6 +134,7 @@ RETRIES_MAX = 3
 RETRY_AFTER_MIN_S = 1.0  # told to who is turned away from the queue, however short it is
 RETRY_AFTER_MAX_S = 600.0  # and however long
 STREAM_BUFFER_MAX = 64  # chunks between an engine and its client
+SEAM_CHARS_MAX = 256 * 1024  # of an answer that another node could go on with
 
 # What one platform holds.
 QUEUED_MAX = 10_000

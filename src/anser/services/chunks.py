@@ -34,9 +34,11 @@ _TEMPLATE_SLACK = 2_048  # prompt tokens that a chat template and tools may add
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Piece:
-    """One chunk on its way: its bytes, and what they end or report."""
+    """One chunk on its way: its bytes, and what they say, end or report."""
 
     data: bytes
+    text: str = ""
+    plain: bool = True  # there is no more to it than text: no tool call, reasoning or refusal
     finish: str | None = None
     usage: Usage | None = None
 
@@ -64,6 +66,11 @@ class Delta(msgspec.Struct):
     reasoning_content: str | None = None
     refusal: str | None = None
     tool_calls: list[ToolCall] | None = None
+
+    @property
+    def plain(self) -> bool:
+        """Whether there is nothing but content."""
+        return not (self.tool_calls or self.reasoning or self.reasoning_content or self.refusal)
 
 
 class _Logprobs(msgspec.Struct):
@@ -119,10 +126,14 @@ class Tally:
             chunk = _CHUNK.decode(data)
         except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as error:
             raise EngineBroken("The engine sent a chunk that is not an OpenAI chunk.") from error
-        tokens, finish = 0, None
+        tokens, finish, text, plain = 0, None, "", True
         for choice in chunk.choices:
             tokens += self._count(choice)
             finish = choice.finish_reason or finish
+            text += choice.text or ""
+            if choice.delta is not None:
+                text += choice.delta.content or ""
+                plain = plain and choice.delta.plain
         self.tokens += tokens
         self.finish = self.finish or finish
         usage = None
@@ -130,7 +141,7 @@ class Tally:
             usage = self.usage = self.believe(chunk.usage)
         elif chunk.usage is not None and finish is not None:
             self.usage = self.believe(chunk.usage)
-        return Piece(data=data, finish=finish, usage=usage), tokens
+        return Piece(data=data, text=text, plain=plain, finish=finish, usage=usage), tokens
 
     def cut(self, tokens: int) -> None:
         """Nothing counts but the first `tokens`: the engine's figures are of another answer."""
@@ -207,16 +218,16 @@ class Ending:
             self.finished = piece.finish is not None
         return True
 
-    def cut(self, last: Piece) -> None:
-        """End the answer here for its length, instead of with `last`."""
-        self._held, self._usage = [Piece(data=cut_short(last.data), finish="length")], None
+    def cut(self, last: Piece, finish: str = "length") -> None:
+        """End the answer here, by default for its length, instead of with `last`."""
+        self._held, self._usage = [Piece(data=cut_short(last.data, finish), finish=finish)], None
         self.finished = True
 
 
-def cut_short(data: bytes) -> bytes:
-    """A chunk that ends an answer for its length, made from the last chunk that came."""
+def cut_short(data: bytes, finish: str = "length") -> bytes:
+    """A chunk that ends an answer, by default for its length, made from the last that came."""
     chunk = msgspec.json.decode(data, type=dict[str, object])
-    ending: dict[str, object] = {"index": 0, "finish_reason": "length"}
+    ending: dict[str, object] = {"index": 0, "finish_reason": finish}
     if chunk.get("object") == "chat.completion.chunk":
         ending["delta"] = dict[str, object]()
     else:

@@ -85,12 +85,12 @@ class Dispatch:
             self.remove(run)
             raise refusal
 
-    def lost(self, run: Run, lease: Lease, error: EngineError) -> bool:
-        """Its node has failed before the first token: returns whether it waits or runs again."""
+    def lost(self, run: Run, lease: Lease, error: EngineError, *, delivered: Usage) -> bool:
+        """Its node has failed, having delivered that: returns whether it waits or runs again."""
         trail = self.whys.find(run.demand.id)
         if trail is not None:
             trail.waits_again(error.code, self.clock.now())
-        refusals = self.tell(Failed(lease=lease.id, delivered=Usage(), retry=True))
+        refusals = self.tell(Failed(lease=lease.id, delivered=delivered, retry=True))
         return all(refused.request != run.demand.id for refused in refusals)
 
     def left(self, run: Run, code: str | None) -> None:

@@ -3,9 +3,11 @@
 Theory of operation. A request lives in the task of its caller; the gateway owns no task. The
 scheduler decides (`Scheduler.handle`), the gateway acts: a `Start` wakes the request's own task,
 which opens the stream at the node. Until the first chunk a node's failure is not seen by the
-client: the scheduler puts the request back at the front and it starts elsewhere. The chunk that
-ends the answer is held back until the receipt is durable, so whoever has seen an end finds its
-receipt. Leaving early cancels: in the queue at once, at the engine before the slot is free again.
+client: the scheduler puts the request back at the front and it starts elsewhere (`attempts`).
+Later, another node goes on from what the client has (`seam`), or the stream ends in an error. The
+chunk that ends the answer is held back until the receipt is durable, so whoever has seen an end
+finds its receipt. Leaving early cancels: in the queue at once, at the engine before the slot is
+free again.
 
 Invariants: each admitted request leaves exactly one receipt; a slot is reported free only after
 its engine has stopped; between a decision and what relies on it there is no await.
@@ -16,40 +18,35 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import (
-    AbstractAsyncContextManager,
     AsyncExitStack,
     aclosing,
     asynccontextmanager,
     suppress,
 )
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from anser.config import GatewaySettings
 from anser.core.errors import (
     AnserError,
-    DeadlineUnreachable,
     EngineBroken,
     EngineError,
     EngineRefused,
     EngineStalled,
-    EngineUnreachable,
     ModelNotFound,
-    NoNode,
     Overloaded,
     ShuttingDown,
 )
 from anser.core.events import (
     Failed,
     Finished,
-    Lease,
     Progressed,
     Request,
 )
-from anser.core.health import NodeState
 from anser.core.ledger import Outcome, Receipt, Usage
 from anser.core.scheduler import Scheduler
-from anser.ports import Call, Clock, Engine, Route
-from anser.services.chunks import Ending, Piece, Tally, read_embedding_usage, read_opening
+from anser.ports import Clock, Route
+from anser.services.attempts import Attempts, Opened
+from anser.services.chunks import Ending, Piece, Tally, read_embedding_usage
 from anser.services.dispatch import Dispatch
 from anser.services.fairness import Fairness
 from anser.services.fleet import Fleet
@@ -57,7 +54,8 @@ from anser.services.ledger import Ledger
 from anser.services.lengths import Lengths
 from anser.services.members import Members
 from anser.services.reservation import Reservation
-from anser.services.run import Demand, Patience, Run, call_for, come_back_s
+from anser.services.run import Demand, Patience, Run
+from anser.services.seam import Said, without_role
 from anser.services.stats import NodeRow, Snapshot, Stats
 from anser.services.why import Whys
 
@@ -79,14 +77,6 @@ class Embedded:
     usage: Usage
 
 
-@dataclass(frozen=True, slots=True)
-class _Chunks:
-    """An open stream: what came up to its first token, counted, and the rest."""
-
-    opening: list[tuple[Piece, int]]
-    rest: AsyncIterator[bytes]
-
-
 @dataclass(slots=True)
 class Answer:
     """An answer under way: iterate its pieces; `usage` is known at the end."""
@@ -95,7 +85,7 @@ class Answer:
     lease: str
     limits: dict[str, str]
     _pieces: AsyncGenerator[Piece]
-    _tally: Tally
+    _run: Run
 
     def __aiter__(self) -> AsyncIterator[Piece]:
         return self._pieces
@@ -103,7 +93,7 @@ class Answer:
     @property
     def usage(self) -> Usage:
         """What the answer has cost so far."""
-        return self._tally.settled()
+        return self._run.whole(self._run.settled())
 
 
 @dataclass(slots=True, kw_only=True)
@@ -121,6 +111,7 @@ class Gateway:
     lengths: Lengths = field(default_factory=Lengths)
     draining: bool = False
     _dispatch: Dispatch = field(init=False)
+    _attempts: Attempts = field(init=False)
 
     def __post_init__(self) -> None:
         self._dispatch = Dispatch(
@@ -128,6 +119,9 @@ class Gateway:
             clock=self.clock,
             hopeless=self.fleet.hopeless,
             weight_of=self.members.weight,
+        )
+        self._attempts = Attempts(
+            dispatch=self._dispatch, fleet=self.fleet, settings=self.settings, stats=self.stats
         )
         self.members.subscribe(self._dispatch.weighed)
         self.fleet.subscribe(self._dispatch.fleet_changed)
@@ -166,7 +160,7 @@ class Gateway:
         run = self._admit(demand, place)
         async with AsyncExitStack() as stream:
             try:
-                chunks = await self._first_chunk(run, stream)
+                chunks = await self._attempts.open(run, stream)
                 assert run.lease is not None
                 async with aclosing(self._pieces(run, chunks, stream)) as pieces:
                     yield Answer(
@@ -174,7 +168,7 @@ class Gateway:
                         lease=run.lease.id,
                         limits=run.reservation.headers(),
                         _pieces=pieces,
-                        _tally=run.tally,
+                        _run=run,
                     )
             except AnserError as error:
                 await stream.aclose()
@@ -191,7 +185,7 @@ class Gateway:
         """Admit, queue and answer an embeddings demand. Raises as `answer` does."""
         run = self._admit(demand, place)
         try:
-            data = await self._embed(run)
+            data = await self._attempts.embed(run)
             usage = read_embedding_usage(data, run.tally)
             run.tally.usage = usage
             lease = run.lease
@@ -245,6 +239,7 @@ class Gateway:
             queued_ms=self._dispatch.wall_ms(),
             ready=asyncio.get_running_loop().create_future(),
             tally=Tally(demand.prompt_tokens, demand.prompt_bytes),
+            said=Said.of(demand.body),
             factor_milli=self.factor_of(demand.model),
         )
         try:
@@ -270,139 +265,86 @@ class Gateway:
         )
 
     def _check_model(self, model: str) -> None:
-        states = self._states(model)
+        states = self._attempts.states(model)
         if not states:
             raise ModelNotFound(f"There is no model {model!r} here.", param="model")
         hopeless = self.fleet.hopeless(model)
         if hopeless is not None:
             raise hopeless
 
-    def _states(self, model: str) -> set[NodeState]:
-        """The states that the nodes of this model are in."""
-        offers = self.fleet.models().get(model, ())
-        return {self.fleet.status(offer.node).state for offer in offers}
-
-    # From the queue to the first chunk
-
-    async def _first_chunk(self, run: Run, stream: AsyncExitStack) -> _Chunks:
-        """Start on node after node until one gives a first token; the stream stays open."""
-        while True:
-            lease = await self._lease(run)
-            try:
-                async with asyncio.timeout(self._first_token_s(run)):
-                    chunks = await stream.enter_async_context(self._open(run, lease))
-                    opening = await read_opening(run.tally, chunks)
-                run.began = True
-                return _Chunks(opening, chunks)
-            except TimeoutError:
-                self._check_deadline(run)
-                error: EngineError = EngineStalled("The engine gave no first token in time.")
-            except EngineRefused:
-                raise
-            except EngineError as raised:
-                error = raised
-            await stream.aclose()
-            self._failed_before_first(run, lease, error)
-
-    def _open(self, run: Run, lease: Lease) -> AbstractAsyncContextManager[AsyncIterator[bytes]]:
-        engine, call = self._call(run, lease)
-        return engine.generate(call)
-
-    def _call(self, run: Run, lease: Lease) -> tuple[Engine, Call]:
-        """The lease's engine and the question in its own names. Raises EngineUnreachable."""
-        run.opened = True
-        try:
-            offer = self.fleet.offer(lease.node, run.demand.model)
-            run.owner = offer.member
-            return self.fleet.engine(lease.node), call_for(run.demand, lease, offer)
-        except NoNode as gone:
-            raise EngineUnreachable(gone.message) from None
-
-    async def _embed(self, run: Run) -> bytes:
-        while True:
-            lease = await self._lease(run)
-            try:
-                engine, call = self._call(run, lease)
-                async with asyncio.timeout(self._first_token_s(run)):
-                    data = await engine.embed(call)
-                run.began = True
-                return data
-            except TimeoutError:
-                self._check_deadline(run)
-                error: EngineError = EngineStalled("The engine gave no embeddings in time.")
-            except EngineRefused:
-                raise
-            except EngineError as raised:
-                error = raised
-            self._failed_before_first(run, lease, error)
-
-    async def _lease(self, run: Run) -> Lease:
-        """Wait for a slot. Raises Unavailable, or the last node's error."""
-        lease = await run.started(
-            self.clock,
-            starting=lambda: self._states(run.demand.model) == {NodeState.STARTING},
-            wait_s=lambda: self._wait_s(run.demand),
-        )
-        run.reservation.started()
-        self.stats.queue_s.observe(self.clock.now() - run.queued_at)
-        return lease
-
-    def _wait_s(self, demand: Demand) -> float:
-        return self.scheduler.wait_s(demand.member, demand.model)
-
-    def _first_token_s(self, run: Run) -> float:
-        """How long an engine has for the first token."""
-        left_s = run.demand.left_s(self.clock.now())
-        return max(0.0, min(self.settings.first_token_timeout_s, left_s))
-
-    def _check_deadline(self, run: Run) -> None:
-        """Raise DeadlineUnreachable once it has passed: no node is to blame, none is tried."""
-        if run.demand.left_s(self.clock.now()) <= 0:
-            run.late = True
-            message = "No first token came by the request's deadline."
-            raise DeadlineUnreachable(message, retry_after_s=come_back_s(self._wait_s(run.demand)))
-
-    def _failed_before_first(self, run: Run, lease: Lease, error: EngineError) -> None:
-        """Tell scheduler and fleet; the run waits again, or its future holds the refusal."""
-        self.fleet.failed(lease.node, error)
-        run.close_lease(error.code, tokens=run.tally.tokens, wall_ms=self._dispatch.wall_ms())
-        run.opened = False
-        run.ready = asyncio.get_running_loop().create_future()
-        run.tally = Tally(run.demand.prompt_tokens, run.demand.prompt_bytes)
-        run.reservation.requeued()
-        self.stats.retries += 1
-        again = self._dispatch.lost(run, lease, error)
-        if run.ready.done():
-            return
-        if not again or (run.lease is None and self.fleet.hopeless(run.demand.model)):
-            run.ready.set_exception(error)
-
     # From the first chunk to the receipt
 
     async def _pieces(
-        self, run: Run, chunks: _Chunks, stream: AsyncExitStack
+        self, run: Run, opened: Opened, stream: AsyncExitStack
     ) -> AsyncGenerator[Piece]:
-        """Count and pass on each chunk; hold the end until the receipt is durable."""
+        """Pass on the answer, of node after node; hold its end until the receipt is durable."""
         ending = Ending(run.demand.output_tokens_max)
-        counted = chunks.opening
+        while not ending.finished:
+            try:
+                async with aclosing(self._relay(run, opened, ending)) as pieces:
+                    async for piece in pieces:
+                        yield piece
+            except EngineError as error:
+                if not self._is_whole(run, ending, error):
+                    await stream.aclose()
+                    opened = await self._go_on(run, error, stream)
+                    ending = Ending(run.demand.output_tokens_max)
+        await stream.aclose()  # the engine's slot is free before the scheduler gives it away
+        await self._end(run, Outcome.FINISHED, None)
+        usage = run.whole(run.settled())
+        for piece in ending.pieces:
+            yield piece if piece.usage is None else replace(piece, usage=usage)
+
+    async def _relay(self, run: Run, opened: Opened, ending: Ending) -> AsyncGenerator[Piece]:
+        """Count and pass on the chunks of one lease, but for the end. Raises EngineError."""
+        counted = opened.opening
         while counted:
             for piece, tokens in counted:
                 self._progress(run, tokens)
-                if run.tally.tokens > ending.tokens_max + _OVERRUN_SLACK:
-                    run.blame = EngineBroken("The engine went past the longest answer asked for.")
-                    run.tally.cut(run.delivered)
-                    ending.cut(piece)
-                    break
-                if not ending.holds(piece, tokens, counted=run.tally.tokens):
-                    self._deliver(run, tokens)
+                total = run.before + run.tally.tokens
+                if self._is_too_long(run, total) or run.said.stops_in(piece):
+                    run.tally.cut(run.delivered - run.before)
+                    ending.cut(piece, "length" if run.blame else "stop")
+                    return
+                if not ending.holds(piece, tokens, counted=total):
+                    self._deliver(run, piece, tokens)
                     yield piece
-            counted = [] if run.blame else await self._next(run, chunks.rest)
+            counted = await self._next(run, opened.rest)
         if not ending.finished:
             raise EngineBroken("The engine ended its stream without a finish_reason.")
-        await stream.aclose()  # the engine's slot is free before the scheduler gives it away
-        await self._end(run, Outcome.FINISHED, None)
-        for piece in ending.pieces:
-            yield piece
+
+    @staticmethod
+    def _is_too_long(run: Run, tokens: int) -> bool:
+        """Whether its engine has gone past the longest answer asked for."""
+        if tokens <= run.demand.output_tokens_max + _OVERRUN_SLACK:
+            return False
+        run.blame = EngineBroken("The engine went past the longest answer asked for.")
+        return True
+
+    @staticmethod
+    def _is_whole(run: Run, ending: Ending, error: EngineError) -> bool:
+        """Whether its node has died when nothing of the answer was missing but the usage."""
+        full = run.delivered >= run.demand.output_tokens_max
+        if not ending.finished and full and run.said.last is not None:
+            run.tally.cut(run.delivered - run.before)
+            ending.cut(run.said.last)
+        if ending.finished:
+            run.blame = error
+        return ending.finished
+
+    async def _go_on(self, run: Run, error: EngineError, stream: AsyncExitStack) -> Opened:
+        """Let another node go on from what the client has. Raises AnserError where none can."""
+        if isinstance(error, EngineRefused) or not self.settings.continue_answers:
+            raise error
+        if not run.said.open:
+            raise error
+        delivered = run.delivered - run.before
+        run.go_on(Patience(self.clock.now(), self.settings.queue_timeout_s))
+        self._attempts.failed(run, error, delivered=delivered)
+        opened = await self._attempts.open(run, stream)
+        self.stats.continued += 1
+        opening = [(without_role(piece), tokens) for piece, tokens in opened.opening]
+        return Opened([(piece, tokens) for piece, tokens in opening if piece], opened.rest)
 
     async def _next(self, run: Run, chunks: AsyncIterator[bytes]) -> list[tuple[Piece, int]]:
         """The next chunk, counted; nothing at the end. Raises EngineError.
@@ -421,11 +363,12 @@ class Gateway:
         run.silent_s = 0.0 if tokens else run.silent_s + self.clock.now() - asked_at
         return [(piece, tokens)]
 
-    def _deliver(self, run: Run, tokens: int) -> None:
+    def _deliver(self, run: Run, piece: Piece, tokens: int) -> None:
         run.delivered += tokens
+        run.said.add(piece)
         if tokens and run.first_token_ms is None:
             run.first_token_ms = run.moment(self._dispatch.wall_ms())
-            self.stats.first_token_s.observe(self.clock.now() - run.queued_at)
+            self.stats.first_token_s.observe(self.clock.now() - run.admitted_at)
 
     def _progress(self, run: Run, tokens: int) -> None:
         """Charge what was generated, told to the scheduler at most every 100 ms."""
@@ -463,12 +406,14 @@ class Gateway:
         if lease is None:
             self._dispatch.left(run, code)
         elif outcome is Outcome.FAILED and isinstance(error, EngineError):
-            self._dispatch.tell(Failed(lease=lease.id, delivered=delivered, retry=False))
+            usage = run.part(delivered)
+            self._dispatch.tell(Failed(lease=lease.id, delivered=usage, retry=False))
         else:
             self._dispatch.tell(Finished(lease=lease.id, usage=generated))
+        spent = run.spent(generated, delivered)
         run.reservation.settle(
-            prompt_tokens=generated.prompt_tokens,
-            completion_tokens=generated.completion_tokens,
+            prompt_tokens=spent.prompt_tokens,
+            completion_tokens=spent.completion_tokens,
             typical=outcome is Outcome.FINISHED and run.demand.route is not Route.EMBEDDINGS,
         )
         self._count(run, outcome, delivered)
@@ -487,9 +432,9 @@ class Gateway:
     def _count(self, run: Run, outcome: Outcome, delivered: Usage) -> None:
         self.stats.outcomes[run.demand.route.name.lower(), outcome.value] += 1
         self.stats.tokens["prompt"] += delivered.prompt_tokens
-        if run.tally.usage is not None:
+        if run.tally.usage is not None and not run.before:
             prompt, size_bytes = run.tally.usage.prompt_tokens, run.demand.prompt_bytes
             self.lengths.observe(run.demand.model, tokens=prompt, size_bytes=size_bytes)
         self.stats.tokens["cached"] += delivered.cached_tokens
         self.stats.tokens["completion"] += delivered.completion_tokens
-        self.stats.duration_s.observe(self.clock.now() - run.queued_at)
+        self.stats.duration_s.observe(self.clock.now() - run.admitted_at)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import inf
 
 from anser.core.errors import AnserError, DeadlineUnreachable, EngineError, QueueTimeout
@@ -16,6 +16,7 @@ from anser.core.prefix import Chain
 from anser.ports import Call, Clock, Route
 from anser.services.chunks import Tally
 from anser.services.reservation import Reservation
+from anser.services.seam import Said, go_on
 
 __all__ = ["Demand", "Patience", "Run", "call_for", "come_back_s"]
 
@@ -81,10 +82,13 @@ class Run:
     queued_ms: int
     ready: asyncio.Future[Lease]
     tally: Tally
+    said: Said
     lease: Lease | None = None
     lease_started_ms: int = 0
     leases: list[LeaseRecord] = field(default_factory=list[LeaseRecord])
     delivered: int = 0
+    before: int = 0  # delivered by earlier leases, on which the present one goes on
+    admitted_at: float = field(init=False)
     told: int = 0
     told_at: float = 0.0
     silent_s: float = 0.0  # waited for the engine since its last token
@@ -98,10 +102,54 @@ class Run:
     closed: bool = False
     _latest_ms: int = 0
 
+    def __post_init__(self) -> None:
+        self.admitted_at = self.patience.asked_at
+
     @property
-    def queued_at(self) -> float:
-        """When it was admitted."""
+    def waits_since(self) -> float:
+        """Since when it has waited for its slot, or for its next one once a node has died."""
         return self.patience.asked_at
+
+    def go_on(self, patience: Patience) -> None:
+        """Its node has died: another is to go on from what the client has been sent."""
+        self.before = self.delivered
+        self.said.cut()
+        self.patience = patience
+
+    def again(self) -> None:
+        """Nothing has come of its lease: the next one begins where that did."""
+        self.opened, self.silent_s = False, 0.0
+        self.ready = asyncio.get_running_loop().create_future()
+        demand, said_bytes = self.demand, len(self.said.text.encode()) if self.before else 0
+        prompt_tokens = demand.prompt_tokens + self.before
+        self.tally = Tally(prompt_tokens, demand.prompt_bytes + said_bytes)
+
+    def left_s(self, now: float) -> float:
+        """Seconds until its deadline, which is for its first token."""
+        return inf if self.before else self.demand.left_s(now)
+
+    def settled(self) -> Usage:
+        """What its lease has come to; what was said before it is no part of the prompt."""
+        usage = self.tally.settled()
+        if not self.before:
+            return usage
+        prompt = max(1, usage.prompt_tokens - self.before)
+        return replace(usage, prompt_tokens=prompt, cached_tokens=min(usage.cached_tokens, prompt))
+
+    def part(self, delivered: Usage) -> Usage:
+        """What of all that was delivered is the present lease's."""
+        return replace(delivered, completion_tokens=delivered.completion_tokens - self.before)
+
+    def spent(self, generated: Usage, delivered: Usage) -> Usage:
+        """What counts for its member's limits: what was worked for, and what came before."""
+        if not self.before:
+            return generated
+        prompt = max(generated.prompt_tokens, delivered.prompt_tokens)
+        return self.whole(replace(generated, prompt_tokens=prompt))
+
+    def whole(self, usage: Usage) -> Usage:
+        """With what earlier leases have delivered."""
+        return usage + Usage(completion_tokens=self.before)
 
     async def started(
         self, clock: Clock, *, starting: Callable[[], bool], wait_s: Callable[[], float]
@@ -114,7 +162,7 @@ class Run:
         while not self.ready.done():
             now = clock.now()
             left_s = self.patience.left_s(now, starting=starting())
-            left_s = min(left_s, self.demand.left_s(now))
+            left_s = min(left_s, self.left_s(now))
             if left_s <= 0:
                 raise self._out_of_patience(now, come_back_s(wait_s()))
             await asyncio.wait({self.ready}, timeout=left_s)
@@ -122,7 +170,7 @@ class Run:
         return self.ready.result()
 
     def _out_of_patience(self, now: float, retry_after_s: float) -> AnserError:
-        if self.demand.left_s(now) <= 0:
+        if self.left_s(now) <= 0:
             message = "No slot became free by the request's deadline."
             return DeadlineUnreachable(message, retry_after_s=retry_after_s)
         message = f"No slot became free in {self.patience.most_s:.0f} s."
@@ -136,17 +184,17 @@ class Run:
         return self._latest_ms
 
     def generated(self, outcome: Outcome) -> Usage:
-        """What the node has worked for: who leaves, or comes too late, pays for the prompt too."""
+        """What its node has worked for: who leaves, or comes too late, pays for the prompt too."""
         failed = outcome is Outcome.FAILED and not self.began and not self.late
         if not self.opened or failed:
             return Usage()
-        return self.tally.settled()
+        return self.settled()
 
     def received(self, outcome: Outcome) -> Usage:
-        """What has reached the client."""
-        usage = self.tally.settled()
+        """What has reached the client, of all leases."""
+        usage = self.settled()
         if outcome is Outcome.FINISHED:
-            return usage
+            return self.whole(usage)
         if not self.delivered:
             return Usage()
         return Usage(
@@ -199,9 +247,16 @@ def come_back_s(wait_s: float | None) -> float:
     return min(max(wait_s, RETRY_AFTER_MIN_S), RETRY_AFTER_MAX_S)
 
 
-def call_for(demand: Demand, lease: Lease, offer: Offer) -> Call:
-    """The demand in the engine's own names; usage is always asked for, n is always 1."""
-    body = {**demand.body, "model": offer.engine_model}
+def call_for(run: Run, lease: Lease, offer: Offer) -> Call:
+    """The demand in the engine's own names; usage is always asked for, n is always 1.
+
+    Raises EngineRefused where the engine cannot go on with an answer that another began.
+    """
+    demand, body = run.demand, {**run.demand.body}
+    if run.before:
+        text, kind = run.said.text, offer.engine
+        body = go_on(body, text, tokens=run.before, route=demand.route, kind=kind)
+    body["model"] = offer.engine_model
     if demand.cache_salt is not None and offer.engine is EngineKind.VLLM:
         body["cache_salt"] = demand.cache_salt
     if demand.route is not Route.EMBEDDINGS:

@@ -43,6 +43,7 @@ class Stats:
     outcomes: Counter[tuple[str, str]] = field(default_factory=Counter[tuple[str, str]])
     tokens: Counter[str] = field(default_factory=Counter[str])
     retries: int = 0
+    continued: int = 0  # answers that another node went on with
     first_token_s: Histogram = field(default_factory=lambda: Histogram(_FIRST_TOKEN_S))
     queue_s: Histogram = field(default_factory=lambda: Histogram(_FIRST_TOKEN_S))
     duration_s: Histogram = field(default_factory=lambda: Histogram(_DURATION_S))
