@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -56,6 +58,21 @@ def test_serving_others_is_credited_as_it_is_priced() -> None:
     earned = credit_of(cancelled)
     assert earned is not None
     assert (earned.owner, earned.micro_credits) == (PLATFORM, 41_000_000)
+
+
+def test_who_goes_on_with_an_answer_earns_the_rest() -> None:
+    """What a node that has died had written of it is nobody's credit."""
+    usage = Usage(prompt_tokens=30, cached_tokens=10, completion_tokens=5)
+    whole = by_node_of("uni", make_receipt(1, member="lab/ocean", usage=usage))
+    died = replace(whole.leases[0], completion_tokens=3, error="engine_broken")
+    last = replace(whole.leases[0], completion_tokens=2)
+    earned = credit_of(replace(whole, leases=(died, last)))
+    assert earned is not None
+    assert earned.micro_credits == 29_000_000
+    odd = replace(whole, leases=(replace(died, completion_tokens=9), last))
+    earned = credit_of(odd)
+    assert earned is not None
+    assert earned.micro_credits == 21_000_000, "an engine that claims fewer than came"
 
 
 @pytest.mark.parametrize("member", ["uni", "uni/ai", "uni/ai/li"])

@@ -66,18 +66,19 @@ class Credit:
 def credit_of(receipt: Receipt) -> Credit | None:
     """Who has earned how much by what reached a client; None if nobody anything.
 
-    At most 2^53-1 micro-credits. A node that broke off its answer earns nothing, nor do receipts
-    of before there were owners.
+    At most 2^53-1 micro-credits. A node that broke off its answer earns nothing, whoever went on
+    with it, nor do receipts of before there were owners.
     """
     if receipt.owner is None or receipt.owner == ancestry(receipt.member)[0]:
         return None
     if receipt.outcome is Outcome.FAILED:
         return None
     usage = receipt.usage
+    before = sum(lease.completion_tokens for lease in receipt.leases[:-1])  # by other nodes
     earned = price(
         fresh=usage.prompt_tokens - usage.cached_tokens,
         cached=usage.cached_tokens,
-        output=usage.completion_tokens,
+        output=max(0, usage.completion_tokens - before),
         factor_milli=receipt.factor_milli,
     )
     if not earned:

@@ -114,8 +114,7 @@ class Attempts:
         assert lease is not None
         if not isinstance(error, EngineRefused):
             self.fleet.failed(lease.node, error)
-        tokens, wall_ms = delivered or run.tally.tokens, self.dispatch.wall_ms()
-        run.close_lease(error.code, tokens=tokens, wall_ms=wall_ms)
+        run.close_lease(error.code, tokens=delivered, wall_ms=self.dispatch.wall_ms())
         run.again()
         run.reservation.requeued()
         self.stats.retries += 1
