@@ -30,6 +30,7 @@ NAMED += ("uni/physics/ada", "uni/physics/bo")  # parents before children
 _WEIGHTS = (1_000, 2_000, 4_000)
 _WINDOW = 300 * 1_000_000  # so that little worlds get beyond it
 _CROWDS = 0.3  # of all worlds
+_CONTINUING = 0.7  # worlds where another node goes on with an answer whose node has died
 
 
 class Behaviour(enum.Enum):
@@ -139,7 +140,9 @@ def draw_plan(seed: int) -> Plan:
     clients = [replace(client, id=f"r{number}") for number, client in enumerate(plan.clients)]
     if rules is STRICT:  # the oracle knows no more
         clients = [replace(one, cached=False, batch=False, deadline_s=None) for one in clients]
-    return replace(plan, clients=tuple(clients))
+    continues = random.Random(f"{seed} seam").random() < _CONTINUING
+    settings = replace(plan.settings, continue_answers=continues)
+    return replace(plan, clients=tuple(clients), settings=settings)
 
 
 def _mixture(draw: random.Random, rules: Rules) -> Plan:

@@ -16,7 +16,7 @@ from anser.api.auth import Doorkeeper
 from anser.api.exchange import Bodies, Exchange
 from anser.api.models import served
 from anser.api.routes import ROUTES, find_direct
-from anser.config import MemberSettings
+from anser.config import GatewaySettings, MemberSettings
 from anser.core.errors import ModelNotFound, NoNode, Overloaded
 from anser.core.fleet import Ability
 from anser.core.ledger import Outcome
@@ -150,7 +150,8 @@ async def test_a_fault_in_the_stream_is_its_last_event(tmp_path: Path) -> None:
     def tear(_: Call) -> Fault | None:
         return Fault(kind=FaultKind.BREAK, after_tokens=2)
 
-    async with stage(tmp_path, fault=tear) as scene:
+    settings = GatewaySettings(probe_interval_s=0.05, continue_answers=False)
+    async with stage(tmp_path, fault=tear, settings=settings) as scene:
         answer = await scene.client().post({**HELLO, "stream": True})
     *_, last = answer.body.decode().strip().split("\n\n")
     assert answer.status == 200
@@ -240,7 +241,8 @@ async def test_a_stream_has_one_identity(tmp_path: Path, path: str) -> None:
 async def test_several_answers_fail_together(tmp_path: Path) -> None:
     """If one of `n` fails, so does the whole, and none is left running."""
     left = iter([None, Fault(kind=FaultKind.BREAK, after_tokens=2)])
-    async with stage(tmp_path, fault=lambda _: next(left, None)) as scene:
+    settings = GatewaySettings(probe_interval_s=0.05, continue_answers=False)
+    async with stage(tmp_path, fault=lambda _: next(left, None), settings=settings) as scene:
         answer = await scene.client().post({**HELLO, "n": 3, "max_tokens": 3_000})
         async with asyncio.timeout(5):
             await scene.pool.gateway.empty.wait()

@@ -138,7 +138,8 @@ class Attempts:
         try:
             offer = self.fleet.offer(lease.node, run.demand.model)
             run.owner = offer.member
-            return self.fleet.engine(lease.node), call_for(run, lease, offer)
+            call = call_for(run.wanted(offer.engine), lease, offer)
+            return self.fleet.engine(lease.node), call
         except NoNode as gone:
             raise EngineUnreachable(gone.message) from None
 

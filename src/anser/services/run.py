@@ -124,6 +124,18 @@ class Run:
         prompt_tokens = demand.prompt_tokens + self.before
         self.tally = Tally(prompt_tokens, demand.prompt_bytes + said_bytes)
 
+    def wanted(self, kind: EngineKind) -> Demand:
+        """What is asked of an engine of this kind: the answer, or the rest of it.
+
+        Raises EngineRefused where it cannot go on with what another began.
+        """
+        demand = self.demand
+        if not self.before:
+            return demand
+        text, tokens = self.said.text, self.before
+        body = go_on(demand.body, text, tokens=tokens, route=demand.route, kind=kind)
+        return replace(demand, body=body)
+
     def left_s(self, now: float) -> float:
         """Seconds until its deadline, which is for its first token."""
         return inf if self.before else self.demand.left_s(now)
@@ -247,16 +259,9 @@ def come_back_s(wait_s: float | None) -> float:
     return min(max(wait_s, RETRY_AFTER_MIN_S), RETRY_AFTER_MAX_S)
 
 
-def call_for(run: Run, lease: Lease, offer: Offer) -> Call:
-    """The demand in the engine's own names; usage is always asked for, n is always 1.
-
-    Raises EngineRefused where the engine cannot go on with an answer that another began.
-    """
-    demand, body = run.demand, {**run.demand.body}
-    if run.before:
-        text, kind = run.said.text, offer.engine
-        body = go_on(body, text, tokens=run.before, route=demand.route, kind=kind)
-    body["model"] = offer.engine_model
+def call_for(demand: Demand, lease: Lease, offer: Offer) -> Call:
+    """The demand in the engine's own names; usage is always asked for, n is always 1."""
+    body = {**demand.body, "model": offer.engine_model}
     if demand.cache_salt is not None and offer.engine is EngineKind.VLLM:
         body["cache_salt"] = demand.cache_salt
     if demand.route is not Route.EMBEDDINGS:
