@@ -132,7 +132,7 @@ class PoolCollector(Collector):
         )
         yield CounterMetricFamily(
             "anser_retries",
-            "Starts that failed before a first token and went elsewhere.",
+            "Leases that failed and whose requests went elsewhere.",
             value=stats.retries,
         )
         yield CounterMetricFamily(
