@@ -15,12 +15,13 @@ from __future__ import annotations
 import http.client
 import json
 import os
+import secrets
 import shutil
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -132,7 +133,7 @@ PEERS: Mapping[str, Callable[[Place], list[str]]] = {
 }
 """How each peer is started, in the place that it is given."""
 
-_OFFLINE = {"LITELLM_LOCAL_MODEL_COST_MAP": "True", "LITELLM_LOG": "ERROR"}
+_LITELLM = {"LITELLM_LOCAL_MODEL_COST_MAP": "True", "LITELLM_LOG": "ERROR"}
 
 
 def program(name: str, given: Path | None) -> str | None:
@@ -149,21 +150,26 @@ def program(name: str, given: Path | None) -> str | None:
 
 
 @contextmanager
-def peer(tools: Tools, name: str, path: str, folder: Path, engines: list[int]) -> Iterator[Gateway]:
+def peer(
+    tools: Tools, name: str, path: str, folder: Path, engines: list[int]
+) -> Generator[Gateway]:
     """A peer that runs and answers."""
     place = Place(program=path, folder=folder, port=free_port(), engines=engines)
-    log, environment = folder / "log", {**os.environ, **_OFFLINE}
-    begun = time.monotonic()
+    log, environment, key = folder / "log", dict(os.environ), ""
+    if name == "litellm":  # does not start without a key
+        key = f"sk-{secrets.token_hex(32)}"
+        environment |= {**_LITELLM, "LITELLM_MASTER_KEY": key}
     command, core = PEERS[name](place), tools.gateway_core
+    begun = time.monotonic()
     with start(command, core, environment=environment, log=log, heard=False) as process:
         wait_until(lambda: _alive(process) and asked(place.port, "/health") is not None, _START_S)
         ready_s = time.monotonic() - begun
-        _answers(process, place.port, "")
-        yield Gateway(pid=process.pid, port=place.port, ready_s=ready_s)
+        _answers(process, place.port, key)
+        yield Gateway(pid=process.pid, port=place.port, key=key, ready_s=ready_s)
 
 
 @contextmanager
-def anser(tools: Tools, folder: Path, engines: list[int]) -> Iterator[Gateway]:
+def anser(tools: Tools, folder: Path, engines: list[int]) -> Generator[Gateway]:
     """A platform with these nodes, whose key is known."""
     command, port = [sys.executable, "-m", "anser"], free_port()
     serve = [*command, "serve", "--json", "--no-engine", "--port", str(port)]
@@ -195,13 +201,12 @@ def free_port() -> int:
 def asked(port: int, path: str, *, body: object = None, key: str = "") -> int | None:
     """The status of an answer; None if there is none."""
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
-    headers = {"content-type": "application/json"} | (
-        {"authorization": f"Bearer {key}"} if key else {}
-    )
+    headers = {"content-type": "application/json"}
+    if key:
+        headers["authorization"] = f"Bearer {key}"
+    method, text = ("GET", None) if body is None else ("POST", json.dumps(body))
     try:
-        connection.request(
-            "GET" if body is None else "POST", path, body and json.dumps(body), headers
-        )
+        connection.request(method, path, text, headers)
         response = connection.getresponse()
         response.read()
     except (OSError, http.client.HTTPException):

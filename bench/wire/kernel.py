@@ -12,7 +12,7 @@ from __future__ import annotations
 import os
 import resource
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -78,7 +78,7 @@ def _pss_kib(pid: int) -> int:
 
 
 @contextmanager
-def pinned(core: int | None) -> Iterator[None]:
+def pinned(core: int | None) -> Generator[None]:
     """What is started inside runs on this core only; on any, if it is None."""
     before = os.sched_getaffinity(0)
     try:
@@ -90,7 +90,7 @@ def pinned(core: int | None) -> Iterator[None]:
 
 
 @contextmanager
-def descriptors() -> Iterator[int]:
+def descriptors() -> Generator[int]:
     """As many open files as this process, and what it starts, may have; yields how many."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

@@ -15,7 +15,7 @@ import os
 import shutil
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -121,7 +121,7 @@ class Tools:
         return cls(**made, gateway_core=gateway, load_core=load)
 
     @contextmanager
-    def engines(self, count: int) -> Iterator[tuple[int, list[int]]]:
+    def engines(self, count: int) -> Generator[tuple[int, list[int]]]:
         """A mock engine with so many addresses: its process and their ports on loopback."""
         with start([str(self.engine), str(count)], self.load_core) as process:
             assert process.stdout is not None
@@ -178,7 +178,7 @@ def start(
     environment: dict[str, str] | None = None,
     log: Path | None = None,
     heard: bool = True,
-) -> Iterator[subprocess.Popen[str]]:
+) -> Generator[subprocess.Popen[str]]:
     """A process on that core; stopped at the end, with all that it has started.
 
     Its errors go to the log, and its output too, unless it is `heard`.
