@@ -1,8 +1,8 @@
 """The mock engine and the load: compiled, started, and what they and the kernel counted.
 
 Theory of operation. `Tools.make` compiles `engine.c` and `load.c` with the machine's C compiler
-into a folder of the caller's. A `Window` is what one run of the load saw between its word "begin"
-and its report; CPU times are read when these words are heard, each a few milliseconds late.
+into a folder of the caller's. A `Window` is what one run of the load saw between its words "begin"
+and "end"; CPU times are read when these are heard, each a few milliseconds late.
 
 Invariants: a run with a single wrong answer is no result (`WireError`), nor is one whose CPU times
 cannot be true: more than a core for who has one core.
@@ -144,8 +144,9 @@ class Tools:
                 _hear(process, "begin")
                 before = readings()
                 held = memory_mb(gateway.pid) if gateway.pid else 0.0
+                _hear(process, "end")
+                after = readings()
                 counted: dict[str, Any] = json.loads(_hear(process, "{"))
-                after = readings()  # an ended process is still listed: nobody has waited for it
             except EOFError:
                 raise WireError(f"the load has ended: {log.read_text().strip()}") from None
         if counted["errors"]:
