@@ -16,7 +16,7 @@ from tempfile import TemporaryDirectory
 from bench.rows import Options, Row
 from bench.wire import figures
 from bench.wire.figures import Bench
-from bench.wire.kernel import descriptors, pinned
+from bench.wire.kernel import descriptors, ending, pinned
 from bench.wire.profile import profile
 from bench.wire.programs import Tools
 
@@ -34,7 +34,7 @@ EXPERIMENTS: Mapping[str, Callable[[Bench], list[Row]]] = {
 
 def measure(options: Options, experiment: str | None = None) -> list[Row]:
     """All experiments, or one. Raises WireError where nothing can be measured."""
-    with TemporaryDirectory(prefix="wire-") as folder:
+    with ending(), TemporaryDirectory(prefix="wire-") as folder:
         tools = Tools.make(Path(folder))
         if tools.gateway_core is None:
             options.tell("wire: this machine has one core; gateway, load and engine share it")

@@ -11,13 +11,15 @@ from __future__ import annotations
 
 import os
 import resource
+import signal
+import sys
 from collections import defaultdict
 from collections.abc import Generator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["Stat", "cpu_s", "descriptors", "family", "memory_mb", "parse_stat", "pinned"]
+__all__ = ["Stat", "cpu_s", "descriptors", "ending", "family", "memory_mb", "parse_stat", "pinned"]
 
 _PROC = Path("/proc")
 _TICK_S = 1 / os.sysconf("SC_CLK_TCK")
@@ -98,3 +100,13 @@ def descriptors() -> Generator[int]:
         yield hard
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+@contextmanager
+def ending() -> Generator[None]:
+    """SIGTERM ends the harness as Ctrl-C does: what it has started is stopped."""
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import json
+import os
 import shutil
 import socket
 import subprocess
@@ -11,12 +12,14 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from anser.cli.app import main
-from bench.wire.programs import Ask, Gateway, Tools, WireError
+from bench.wire.kernel import family
+from bench.wire.programs import Ask, Gateway, Tools, WireError, wait_until
 
 pytestmark = [
     pytest.mark.slow,
@@ -171,6 +174,20 @@ def test_nothing_is_left_when_the_harness_is_killed(tools: Tools) -> None:
         assert len(said) == 2
         process.kill()
         assert process.stdout.read() == ""  # its output is closed, so it has ended
+
+
+def test_sigterm_leaves_nothing_running(tmp_path: Path) -> None:
+    """A harness that is told to end stops the platform that it has started, and its folders go."""
+    command = [sys.executable, "-m", "anser", "bench", "wire", "--anser-only", "--quick"]
+    environment = {**os.environ, "TMPDIR": str(tmp_path)}
+    with subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL) as process:
+        wait_until(lambda: len(list(tmp_path.glob("wire-*/data/anser.sock"))) == 1, 60)
+        started = [one.pid for one in family(process.pid)]
+        assert len(started) >= 3
+        process.terminate()
+        assert process.wait(60) == 143
+    assert [pid for pid in started if family(pid)] == []
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.timeout(180)
