@@ -185,7 +185,9 @@ def anser(tools: Tools, folder: Path, engines: list[int]) -> Generator[Gateway]:
         for engine in engines:
             url = f"http://127.0.0.1:{engine}"
             add = [*command, "node", "add", url, "--slots", str(_SLOTS), *home]
-            subprocess.run(add, env=environment, check=True, capture_output=True)
+            told = subprocess.run(add, env=environment, check=False, capture_output=True, text=True)
+            if told.returncode:
+                raise WireError(f"anser node add fails: {told.stderr.strip()}")
         _answers(process, port, key)
         yield Gateway(pid=process.pid, port=port, key=key, ready_s=ready_s)
 

@@ -105,7 +105,11 @@ def descriptors() -> Generator[int]:
 @contextmanager
 def ending() -> Generator[None]:
     """SIGTERM ends the harness as Ctrl-C does: what it has started is stopped."""
-    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+
+    def leave(number: int, _frame: object) -> None:
+        sys.exit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, leave)
     try:
         yield
     finally:
