@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -31,6 +31,8 @@ class Options:
     traces: Path | None = None
     tell: Callable[[str], None] = field(default=lambda _: None)
     draw: Callable[[Curves], None] = field(default=lambda _: None)
+    anser_only: bool = False
+    programs: Mapping[str, Path | None] = field(default_factory=dict[str, Path | None])
 
     @property
     def seconds(self) -> float:

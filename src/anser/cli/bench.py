@@ -1,4 +1,4 @@
-"""`anser bench`: measures the scheduler, with what is in `bench/` of a checkout.
+"""`anser bench`: measures the scheduler and the wire, with what is in `bench/` of a checkout.
 
 Measurements are no part of the package: they are loaded by their path beside `src/`.
 """
@@ -55,31 +55,57 @@ class Folders:
     """Folder for pictures of what has curves; matplotlib draws them."""
 
 
-_NO_FOLDERS = Folders()
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Peers:
+    """What `wire` compares Anser to."""
+
+    anser_only: Annotated[bool, Parameter(negative="", show_default=False)] = False
+    """Compare `wire` to nothing; short enough for a laptop."""
+    vllm_router: Path | None = None
+    """Program of that name, or the Python environment that has it; else looked for on PATH."""
+    sglang_router: Path | None = None
+    """The same."""
+    litellm: Path | None = None
+    """The same."""
+
+    @property
+    def programs(self) -> dict[str, Path | None]:
+        """Where each is said to be."""
+        named = ("vllm_router", "sglang_router", "litellm")
+        return {name.replace("_", "-"): getattr(self, name) for name in named}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Size:
+    """How much is measured."""
+
+    seeds: Annotated[int, Parameter(validator=validators.Number(gte=1, lte=100))] = 3
+    """Runs of each kind, each with chances of its own."""
+    quick: Annotated[bool, Parameter(negative="", show_default=False)] = False
+    """Small sizes, to see that it works; the figures mean little."""
+
+
+_NO_FOLDERS, _ALL_PEERS, _USUAL = Folders(), Peers(), Size()
 
 
 def bench(
-    name: Literal["fairness", "scheduler"],
+    name: Literal["fairness", "scheduler", "wire"],
     /,
     *,
     experiment: str | None = None,
     folders: Annotated[Folders, Parameter(name="*")] = _NO_FOLDERS,
-    seeds: Annotated[int, Parameter(validator=validators.Number(gte=1, lte=100))] = 3,
-    quick: Annotated[bool, Parameter(negative="", show_default=False)] = False,
+    peers: Annotated[Peers, Parameter(name="*")] = _ALL_PEERS,
+    size: Annotated[Size, Parameter(name="*")] = _USUAL,
     at: Shaped = PLAIN,
 ) -> None:
-    """Measure the scheduler: how fair it is, or what a decision costs. From a checkout only.
+    """Measure how fair the scheduler is, what a decision costs, or the wire. From a checkout only.
 
     Example: `anser bench fairness --experiment E5`
 
     Parameters
     ----------
     experiment
-        Only this one of the experiments of `fairness`, like E5.
-    seeds
-        Runs of each kind, each with chances of its own.
-    quick
-        Small sizes, to see that it works; the figures mean little.
+        Only this one of the experiments of `fairness`, like E5, or of `wire`, like requests.
     """
     _load()
     module = cast("_Bench", import_module(f"bench.{name}"))
@@ -88,7 +114,15 @@ def bench(
         raise AnserError(tr("bench.unknown", name=name, known=known))
     make = cast("Callable[..., Any]", import_module("bench.rows").Options)
     more = {} if folders.curves is None else {"draw": _drawer(folders.curves)}
-    options = make(seeds=seeds, quick=quick, traces=folders.traces, tell=_tell, **more)
+    options = make(
+        seeds=size.seeds,
+        quick=size.quick,
+        traces=folders.traces,
+        tell=_tell,
+        anser_only=peers.anser_only,
+        programs=peers.programs,
+        **more,
+    )
     rows = module.measure(options, experiment)
     if at.json:
         print_json([_json(row) for row in rows])
