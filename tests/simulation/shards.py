@@ -43,7 +43,7 @@ _MODELS = ("m", "k")
 _MEMBERS = ("a", "a/p", "a/p/x", "a/p/y", "a/q/z", "b/p/x", "b", "anonymous/7", "anonymous/8")
 _TICK_S = 0.05
 _PROBE_S = 1.0
-_QUIET_S = 8.0  # of a whole network at the end
+_QUIET_S = 8.0  # of a whole network at the end, at least
 _LIFE_S = 2_000.0  # nobody may still wait then
 _CHECK_EVERY = 10  # messages
 
@@ -123,13 +123,19 @@ class ShardWorld:
         self._plan()
         self._at(_PROBE_S, self._probe)
         quiet_from: float | None = None
-        while quiet_from is None or self.now < quiet_from + _QUIET_S:
+        while quiet_from is None or self.now < quiet_from + self._quiet_s():
             self.now, _, action = heapq.heappop(self._heap)
             action()
             assert self.now < _LIFE_S, f"starved: {self._open()}"
             if quiet_from is None and self.now > self.heals_at and not self._open():
                 quiet_from = self.now
         self._check_end()
+
+    def _quiet_s(self) -> float:
+        """How long a whole network is given to hear of all: each account has its turn twice."""
+        accounts = max(len(shard.sums) for shard in self.shards.values())
+        rounds = 2 * accounts / self.gossip.rows_max
+        return max(_QUIET_S, rounds * self.gossip.every_s)
 
     def _plan(self) -> None:
         """Draw weights, machines, requests and mishaps."""
