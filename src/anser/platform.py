@@ -46,6 +46,7 @@ from anser.services.hub import Hub
 from anser.services.ledger import Ledger
 from anser.services.members import OWNER, Members, Spent
 from anser.wire.doors import Door, StopSignals, is_loopback, listen, listen_unix, url_of
+from anser.wire.proxies import Proxies
 from anser.wire.server import GuardSettings
 
 __all__ = ["BUILTIN", "Listening", "Platform", "examine", "open_platform", "serve"]
@@ -295,6 +296,7 @@ def _guard(config: Config) -> GuardSettings:
         head_timeout_s=server.head_timeout_s,
         body_timeout_s=server.body_timeout_s,
         write_timeout_s=server.write_timeout_s,
+        proxies=Proxies(server.trusted_proxies),
         connections_max=_connections_max(open_files_max()),
     )
 

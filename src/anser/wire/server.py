@@ -22,8 +22,8 @@ import asyncio
 import re
 import secrets
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, cast
 
 import httptools
 import msgspec
@@ -43,6 +43,7 @@ from anser.core.errors import (
     Overloaded,
 )
 from anser.wire.framing import Body, body_of, check_head_bytes, check_headers
+from anser.wire.proxies import Proxies
 
 __all__ = ["GuardSettings", "GuardedProtocol", "guarded"]
 
@@ -62,6 +63,7 @@ class GuardSettings:
     idle_timeout_s: float = limits.IDLE_TIMEOUT_S
     write_timeout_s: float = limits.WRITE_TIMEOUT_S
     connections_max: int = limits.CONNECTIONS_MAX
+    proxies: Proxies = field(default_factory=Proxies)  # whose word on the client is taken
 
 
 def guarded(settings: GuardSettings) -> type[GuardedProtocol]:
@@ -84,6 +86,7 @@ class GuardedProtocol(HttpToolsProtocol):
         self._message_seen = False
         self._busy = False  # an answer is still to be sent
         self._refused = False
+        self._proxied = False  # the other end is a trusted proxy
         self._head_timer = _Timer(self.loop)
         self._body_timer = _Timer(self.loop)
         self._write_timer = _Timer(self.loop)
@@ -97,6 +100,8 @@ class GuardedProtocol(HttpToolsProtocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Called by the event loop."""
         super().connection_made(transport)
+        if self.client is not None:
+            self._proxied = self.settings.proxies.trusts(self.client[0])
         if len(self.connections) > self.settings.connections_max:
             self._refuse(Overloaded("Too many connections are open here."), linger=False)
         else:
@@ -206,10 +211,21 @@ class GuardedProtocol(HttpToolsProtocol):
         if parser.should_upgrade():
             raise Malformed("Nothing is tunnelled here.")
         self._head_seen = True
+        if self._proxied:
+            self._name_client()
         super().on_headers_complete()
         if version == "1.0":
             self.cycle.__class__ = _OldCycle
         self._busy = True
+
+    def _name_client(self) -> None:
+        """Tell the application who asked the proxy, and that there is one."""
+        assert self.client is not None
+        asked = self.settings.proxies.asked(self.client[0], self.headers)
+        scope = cast("dict[str, object]", self.scope)
+        scope["client"] = (asked.address, 0)
+        scope["scheme"] = asked.scheme or scope["scheme"]
+        scope["proxy"] = self.client[0]
 
     def on_message_complete(self) -> None:
         """Called by the parser."""
