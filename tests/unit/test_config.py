@@ -151,6 +151,8 @@ def test_the_data_folders_own_file_cannot_move_the_data_folder(tmp_path: Path) -
         ("[engine]\nmirrors = [1]", ["engine.mirrors must be a list of texts"]),
         ('[engine]\nmirrors = ["ftp://a"]', ["engine.mirrors", "ftp://a"]),
         ('[engine]\nmirrors = ["http://a:99999"]', ["engine.mirrors"]),
+        ('[server]\ncors_origins = ["https://a.b/"]', ["server.cors_origins", "https://a.b/"]),
+        ('[server]\ncors_origins = ["null"]', ["server.cors_origins"]),
         ('[server]\ntrusted_proxies = ["proxy"]', ["server.trusted_proxies", "proxy"]),
         ('[server]\ntrusted_proxies = ["10.0.0.1/8"]', ["server.trusted_proxies", "10.0.0.0/8"]),
         ('[members]\nanonymous = "maybe"', ["members.anonymous", "one of on, off, auto", "maybe"]),

@@ -39,6 +39,7 @@ PATHS = (("GET", "/metrics"),)
 _HOST = re.compile(r"(\[(?P<six>[0-9a-f:.]+)\]|(?P<name>[^:\[\]]+))(:[0-9]{1,5})?")
 _FORWARDED = (
     "forwarded",
+    "origin",  # a page of another site, which CORS may let read
     "via",
     "x-forwarded-for",
     "x-forwarded-host",

@@ -22,6 +22,7 @@ from anser.config.values import SECTIONS, Config, Setting, Value, settings
 from anser.core import limits
 from anser.core.errors import ConfigError, RequestError
 from anser.core.hub import read_spec
+from anser.wire.cors import is_origin
 
 __all__ = ["Loaded", "load", "split_address"]
 
@@ -306,6 +307,7 @@ def _wrong_forms(config: Config) -> Iterator[tuple[str, str]]:
     if server.admin_listen:
         yield from _wrong_admin(server.admin_listen, public=(server.host, server.port))
     yield from _wrong_proxies(server.trusted_proxies)
+    yield from _wrong_origins(server.cors_origins)
     if not config.engine.model.strip():
         yield "engine.model", "is empty. Name a model, or set engine.enabled = false."
     elif (wrong := _wrong_model(config.engine.model)) is not None:
@@ -331,6 +333,13 @@ def _wrong_proxies(proxies: tuple[str, ...]) -> Iterator[tuple[str, str]]:
         if not _is_network(proxy):
             why = f"must be addresses or blocks like 10.0.0.0/8, not {_shown(proxy)}."
             yield "server.trusted_proxies", why
+
+
+def _wrong_origins(origins: tuple[str, ...]) -> Iterator[tuple[str, str]]:
+    for origin in origins:
+        if not is_origin(origin):
+            why = f"must be origins like https://chat.example, or *, not {_shown(origin)}."
+            yield "server.cors_origins", why
 
 
 def _wrong_model(text: str) -> str | None:

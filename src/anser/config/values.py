@@ -54,6 +54,9 @@ class ServerSettings:
     trusted_proxies: tuple[str, ...] = _setting(
         (), "Addresses or CIDR blocks of proxies whose word on who asks is taken."
     )
+    cors_origins: tuple[str, ...] = _setting(
+        (), "Origins whose pages may ask with a key, like https://chat.example; * is all."
+    )
     head_bytes_max: int = _setting(
         limits.HEAD_BYTES_MAX, "Longest request head, in bytes.", low=1_024, high=2**20
     )

@@ -42,6 +42,7 @@ from anser.core.errors import (
     Malformed,
     Overloaded,
 )
+from anser.wire.cors import Cors
 from anser.wire.framing import Body, body_of, check_head_bytes, check_headers
 from anser.wire.proxies import Proxies
 
@@ -64,6 +65,7 @@ class GuardSettings:
     write_timeout_s: float = limits.WRITE_TIMEOUT_S
     connections_max: int = limits.CONNECTIONS_MAX
     proxies: Proxies = field(default_factory=Proxies)  # whose word on the client is taken
+    cors: Cors = field(default_factory=Cors)
 
 
 def guarded(settings: GuardSettings) -> type[GuardedProtocol]:
@@ -86,6 +88,7 @@ class GuardedProtocol(HttpToolsProtocol):
         self._message_seen = False
         self._busy = False  # an answer is still to be sent
         self._refused = False
+        self._common = self.server_state.default_headers  # of the present answer, or a refusal
         self._proxied = False  # the other end is a trusted proxy
         self._head_timer = _Timer(self.loop)
         self._body_timer = _Timer(self.loop)
@@ -214,9 +217,20 @@ class GuardedProtocol(HttpToolsProtocol):
         if self._proxied:
             self._name_client()
         super().on_headers_complete()
+        if self.settings.cors:
+            self._share()
         if version == "1.0":
             self.cycle.__class__ = _OldCycle
         self._busy = True
+
+    def _share(self) -> None:
+        """Let the browser show the answer to the page that asks, if it may read it."""
+        preflight = Cors.is_preflight(self.scope["method"], self.headers)
+        shared = self.settings.cors.headers(self.headers, preflight=preflight)
+        self._common = [*self.server_state.default_headers, *shared]
+        self.cycle.default_headers = self._common
+        if preflight:
+            cast("dict[str, object]", self.scope)["preflight"] = True
 
     def _name_client(self) -> None:
         """Tell the application who asked the proxy, and that there is one."""
@@ -237,6 +251,7 @@ class GuardedProtocol(HttpToolsProtocol):
     def on_response_complete(self) -> None:
         """Called when an answer is out: the next request may begin."""
         self._busy = False
+        self._common = self.server_state.default_headers
         super().on_response_complete()
         if self.transport.is_closing():
             self._time_write()
@@ -300,7 +315,7 @@ class GuardedProtocol(HttpToolsProtocol):
         if cycle is not None and cycle.response_started:
             self.transport.abort()
             return
-        self.transport.write(_refusal(error, self.server_state.default_headers))
+        self.transport.write(_refusal(error, self._common))
         self.flow.resume_reading()
         if linger and self.transport.can_write_eof():
             self.transport.write_eof()
