@@ -13,7 +13,7 @@ import asyncio
 import socket
 from collections.abc import AsyncGenerator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import structlog
@@ -45,7 +45,9 @@ from anser.services.gateway import Gateway
 from anser.services.hub import Hub
 from anser.services.ledger import Ledger
 from anser.services.members import OWNER, Members, Spent
+from anser.wire.cors import Cors
 from anser.wire.doors import Door, StopSignals, is_loopback, listen, listen_unix, url_of
+from anser.wire.proxies import Proxies
 from anser.wire.server import GuardSettings
 
 __all__ = ["BUILTIN", "Listening", "Platform", "examine", "open_platform", "serve"]
@@ -265,7 +267,9 @@ async def serve(
         public = stack.enter_context(listen(config.server.host, config.server.port))
         platform = await stack.enter_async_context(open_platform(loaded, progress=progress))
         guard = _guard(config)
-        doors = [Door(platform.public_app, public, guard)]
+        doors = [
+            Door(platform.public_app, public, replace(guard, cors=Cors(config.server.cors_origins)))
+        ]
         inner = stack.enter_context(listen_unix(platform.data_dir.socket))
         doors.append(Door(platform.admin_app, inner, guard))
         outer = None
@@ -295,6 +299,7 @@ def _guard(config: Config) -> GuardSettings:
         head_timeout_s=server.head_timeout_s,
         body_timeout_s=server.body_timeout_s,
         write_timeout_s=server.write_timeout_s,
+        proxies=Proxies(server.trusted_proxies),
         connections_max=_connections_max(open_files_max()),
     )
 

@@ -88,7 +88,9 @@ class _App:
         exchange = Exchange(self._services, self._bodies, scope, receive, send)
         route = find_direct(scope["path"])
         try:
-            if route is None:
+            if "preflight" in scope:
+                await exchange.empty(204, [])
+            elif route is None:
                 await exchange.delegate(self._rest)
             else:
                 await self._answer(exchange, route)

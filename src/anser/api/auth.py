@@ -5,8 +5,8 @@ Theory of operation. A key is one dict look-up in Members, and a right one is al
 is slowed are wrong keys, counted by source network (IPv4 /24, IPv6 /64): after FAILURES_MAX within
 WINDOW_S the next ones are told to wait. Only what is shaped like a key counts as one; the
 placeholders that clients are given where no key is wanted are wrong, but no guesses. Addresses are
-those of the connection: no header that a client could forge is believed. A Unix socket has no
-network.
+those of the connection, or what a trusted proxy says (wire/proxies.py): no header that a client
+could forge is believed. A Unix socket has no network.
 
 A request without a key from a web page of another site is refused: a visitor's browser must not
 spend the machine that it runs on.
@@ -38,6 +38,7 @@ __all__ = [
     "bearer_of",
     "check_site",
     "network_of",
+    "on_loopback",
     "on_own_socket",
 ]
 
@@ -82,7 +83,7 @@ class Doorkeeper:
         bearer = bearer_of(exchange.header)
         principal = self.authenticate(bearer, peer=exchange.peer)
         if principal.anonymous:
-            check_site(exchange.header, on_loopback=_is_loopback(exchange.peer))
+            check_site(exchange.header, on_loopback=on_loopback(exchange.scope))
         return principal
 
     def authenticate(self, bearer: str | None, *, peer: str) -> Principal:
@@ -128,6 +129,15 @@ def on_own_socket(scope: ConnectionScope) -> bool:
     """
     server = scope.get("server")
     return scope.get("client") is None and server is not None and server[1] is None
+
+
+def on_loopback(scope: ConnectionScope) -> bool:
+    """Whether this came from this machine, be it through a proxy on it.
+
+    A page in this machine's browser can write a proxy's headers, so they do not make it a stranger.
+    """
+    client = scope.get("client")
+    return _is_loopback(scope.get("proxy", "")) or (client is not None and _is_loopback(client[0]))
 
 
 def check_site(header: Callable[[bytes], str | None], *, on_loopback: bool) -> None:

@@ -126,7 +126,7 @@ class Exchange:
 
     @property
     def peer(self) -> str:
-        """The client's address, as its connection has it; empty on a Unix socket."""
+        """The client's address, as connection or trusted proxy tell; empty on a Unix socket."""
         client = self.scope.get("client")
         return client[0] if client else ""
 

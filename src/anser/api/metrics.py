@@ -37,7 +37,15 @@ __all__ = ["PATHS", "PoolCollector", "routes", "visibly_local"]
 PATHS = (("GET", "/metrics"),)
 """(method, path) of every address here."""
 _HOST = re.compile(r"(\[(?P<six>[0-9a-f:.]+)\]|(?P<name>[^:\[\]]+))(:[0-9]{1,5})?")
-_FORWARDED = ("forwarded", "via", "x-forwarded-for", "x-forwarded-host", "x-real-ip")
+_FORWARDED = (
+    "forwarded",
+    "origin",  # a page of another site, which CORS may let read
+    "via",
+    "x-forwarded-for",
+    "x-forwarded-host",
+    "x-forwarded-proto",
+    "x-real-ip",
+)
 
 
 def routes(services: Services, *, public: bool) -> list[Route]:
@@ -61,7 +69,7 @@ def routes(services: Services, *, public: bool) -> list[Route]:
 def visibly_local(request: Request) -> bool:
     """Whether a request comes from this machine, names it so, and shows no trace of a proxy."""
     peer = request.client.host if request.client else ""
-    if any(name in request.headers for name in _FORWARDED):
+    if "proxy" in request.scope or any(name in request.headers for name in _FORWARDED):
         return False
     if request.scope["http_version"] != "1.1":  # what proxies speak that are not told otherwise
         return False

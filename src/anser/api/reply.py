@@ -15,7 +15,14 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from anser.api.auth import OWN_SOCKET, Doorkeeper, bearer_of, check_site, on_own_socket
+from anser.api.auth import (
+    OWN_SOCKET,
+    Doorkeeper,
+    bearer_of,
+    check_site,
+    on_loopback,
+    on_own_socket,
+)
 from anser.api.decode import decode_object
 from anser.core.errors import (
     BodyTimeout,
@@ -98,7 +105,7 @@ def member_of(request: Request, doorkeeper: Doorkeeper) -> Principal:
 
     principal = doorkeeper.authenticate(bearer_of(header), peer=peer)
     if principal.anonymous:
-        check_site(header, on_loopback=peer in ("127.0.0.1", "::1"))
+        check_site(header, on_loopback=on_loopback(request.scope))
     return principal
 
 

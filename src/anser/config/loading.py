@@ -13,7 +13,7 @@ import re
 import tomllib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
-from ipaddress import ip_address
+from ipaddress import ip_address, ip_network
 from pathlib import Path
 from typing import Any, cast
 from urllib.parse import urlsplit
@@ -22,6 +22,7 @@ from anser.config.values import SECTIONS, Config, Setting, Value, settings
 from anser.core import limits
 from anser.core.errors import ConfigError, RequestError
 from anser.core.hub import read_spec
+from anser.wire.cors import is_origin
 
 __all__ = ["Loaded", "load", "split_address"]
 
@@ -305,6 +306,8 @@ def _wrong_forms(config: Config) -> Iterator[tuple[str, str]]:
         yield "server.host", why
     if server.admin_listen:
         yield from _wrong_admin(server.admin_listen, public=(server.host, server.port))
+    yield from _wrong_proxies(server.trusted_proxies)
+    yield from _wrong_origins(server.cors_origins)
     if not config.engine.model.strip():
         yield "engine.model", "is empty. Name a model, or set engine.enabled = false."
     elif (wrong := _wrong_model(config.engine.model)) is not None:
@@ -325,6 +328,20 @@ def _wrong_admin(text: str, *, public: tuple[str, int]) -> Iterator[tuple[str, s
         yield "server.admin_listen", "is the public address. Choose another port."
 
 
+def _wrong_proxies(proxies: tuple[str, ...]) -> Iterator[tuple[str, str]]:
+    for proxy in proxies:
+        if not _is_network(proxy):
+            why = f"must be addresses or blocks like 10.0.0.0/8, not {_shown(proxy)}."
+            yield "server.trusted_proxies", why
+
+
+def _wrong_origins(origins: tuple[str, ...]) -> Iterator[tuple[str, str]]:
+    for origin in origins:
+        if not is_origin(origin):
+            why = f"must be origins like https://chat.example, or *, not {_shown(origin)}."
+            yield "server.cors_origins", why
+
+
 def _wrong_model(text: str) -> str | None:
     try:
         Path(read_spec(text).file.path or "").expanduser()
@@ -341,6 +358,14 @@ def _is_host(text: str) -> bool:
     except ValueError:
         looks_like_ip = text.replace(".", "").isdigit()
         return len(text) <= 253 and not looks_like_ip and _HOST.match(text) is not None
+    return True
+
+
+def _is_network(text: str) -> bool:
+    try:
+        ip_network(text)
+    except ValueError:
+        return False
     return True
 
 

@@ -51,6 +51,12 @@ class ServerSettings:
     host: str = _setting("127.0.0.1", "Address to listen on; loopback unless you say otherwise.")
     port: int = _setting(8000, "Port to listen on; 0 takes a free one.", low=0, high=65_535)
     admin_listen: str = _setting("", "host:port of a separate listener for admin and metrics.")
+    trusted_proxies: tuple[str, ...] = _setting(
+        (), "Addresses or CIDR blocks of proxies whose word on who asks is taken."
+    )
+    cors_origins: tuple[str, ...] = _setting(
+        (), "Origins whose pages may ask with a key, like https://chat.example; * is all."
+    )
     head_bytes_max: int = _setting(
         limits.HEAD_BYTES_MAX, "Longest request head, in bytes.", low=1_024, high=2**20
     )

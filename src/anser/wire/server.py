@@ -22,8 +22,8 @@ import asyncio
 import re
 import secrets
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, cast
 
 import httptools
 import msgspec
@@ -42,7 +42,9 @@ from anser.core.errors import (
     Malformed,
     Overloaded,
 )
+from anser.wire.cors import Cors
 from anser.wire.framing import Body, body_of, check_head_bytes, check_headers
+from anser.wire.proxies import Proxies
 
 __all__ = ["GuardSettings", "GuardedProtocol", "guarded"]
 
@@ -62,6 +64,8 @@ class GuardSettings:
     idle_timeout_s: float = limits.IDLE_TIMEOUT_S
     write_timeout_s: float = limits.WRITE_TIMEOUT_S
     connections_max: int = limits.CONNECTIONS_MAX
+    proxies: Proxies = field(default_factory=Proxies)  # whose word on the client is taken
+    cors: Cors = field(default_factory=Cors)
 
 
 def guarded(settings: GuardSettings) -> type[GuardedProtocol]:
@@ -84,6 +88,8 @@ class GuardedProtocol(HttpToolsProtocol):
         self._message_seen = False
         self._busy = False  # an answer is still to be sent
         self._refused = False
+        self._common = self.server_state.default_headers  # of the present answer, or a refusal
+        self._proxied = False  # the other end is a trusted proxy
         self._head_timer = _Timer(self.loop)
         self._body_timer = _Timer(self.loop)
         self._write_timer = _Timer(self.loop)
@@ -97,6 +103,8 @@ class GuardedProtocol(HttpToolsProtocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Called by the event loop."""
         super().connection_made(transport)
+        if self.client is not None:
+            self._proxied = self.settings.proxies.trusts(self.client[0])
         if len(self.connections) > self.settings.connections_max:
             self._refuse(Overloaded("Too many connections are open here."), linger=False)
         else:
@@ -206,10 +214,32 @@ class GuardedProtocol(HttpToolsProtocol):
         if parser.should_upgrade():
             raise Malformed("Nothing is tunnelled here.")
         self._head_seen = True
+        if self._proxied:
+            self._name_client()
         super().on_headers_complete()
+        if self.settings.cors:
+            self._share()
         if version == "1.0":
             self.cycle.__class__ = _OldCycle
         self._busy = True
+
+    def _share(self) -> None:
+        """Let the browser show the answer to the page that asks, if it may read it."""
+        preflight = Cors.is_preflight(self.scope["method"], self.headers)
+        shared = self.settings.cors.headers(self.headers, preflight=preflight)
+        self._common = [*self.server_state.default_headers, *shared]
+        self.cycle.default_headers = self._common
+        if preflight:
+            cast("dict[str, object]", self.scope)["preflight"] = True
+
+    def _name_client(self) -> None:
+        """Tell the application who asked the proxy, and that there is one."""
+        assert self.client is not None
+        asked = self.settings.proxies.asked(self.client[0], self.headers)
+        scope = cast("dict[str, object]", self.scope)
+        scope["client"] = (asked.address, 0)
+        scope["scheme"] = asked.scheme or scope["scheme"]
+        scope["proxy"] = self.client[0]
 
     def on_message_complete(self) -> None:
         """Called by the parser."""
@@ -221,6 +251,7 @@ class GuardedProtocol(HttpToolsProtocol):
     def on_response_complete(self) -> None:
         """Called when an answer is out: the next request may begin."""
         self._busy = False
+        self._common = self.server_state.default_headers
         super().on_response_complete()
         if self.transport.is_closing():
             self._time_write()
@@ -284,7 +315,7 @@ class GuardedProtocol(HttpToolsProtocol):
         if cycle is not None and cycle.response_started:
             self.transport.abort()
             return
-        self.transport.write(_refusal(error, self.server_state.default_headers))
+        self.transport.write(_refusal(error, self._common))
         self.flow.resume_reading()
         if linger and self.transport.can_write_eof():
             self.transport.write_eof()
