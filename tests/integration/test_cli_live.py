@@ -21,7 +21,7 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.hostile import Talk, stream
+from tests.hostile import SSE_HEAD, Talk, delta, stream
 from tests.integration.test_cli import anser, failure, told
 from tests.model import model_path
 from tests.outside import listed
@@ -327,7 +327,7 @@ async def test_an_answer_that_breaks_off_is_a_failure(data_dir: Path) -> None:
     """A node lost in mid-answer ends the command with code 1 and the reason, after the text."""
 
     async def play(talk: Talk) -> None:
-        await talk.say(stream("one ", "two")[:-40])
+        await talk.say(SSE_HEAD, delta("one "))
         talk.reset()
 
     with serving(data_dir, "--no-engine") as server:
