@@ -56,7 +56,8 @@ class Stand:
 
     def limit(self, ceiling: int) -> None:
         """From now on, let this be its ceiling, or its key where that is ahead already."""
-        self.ceiling = max(self.key, ceiling)
+        key = self.key
+        self.ceiling = ceiling if ceiling > key else key
 
 
 class Queue(Heap[Place]):
@@ -137,7 +138,8 @@ class Account(Generic[_Heap]):
         if stand is None:
             self.stands[pool] = Stand(level, max(level, ceiling))
             return
-        stand.key = max(stand.key, level)
+        if stand.key < level:
+            stand.key = level
         stand.limit(ceiling)
 
     def move(self, pool: Pool, key: int) -> int:
@@ -158,8 +160,10 @@ class Account(Generic[_Heap]):
         key there below the ceiling only, and a key at its ceiling stays when something is given
         back: when that was charged, it was not counted.
         """
-        by_weight, weight = self.service - self.carried_service, self.weight
-        grown = (by_weight + micro_credits) * _WEIGHT // weight - by_weight * _WEIGHT // weight
+        grown, weight = micro_credits, self.weight
+        if weight != _WEIGHT:
+            by_weight = self.service - self.carried_service
+            grown = (by_weight + micro_credits) * _WEIGHT // weight - by_weight * _WEIGHT // weight
         self.service += micro_credits
         own = self.stands.get(pool)
         if own is not None:

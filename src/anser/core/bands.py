@@ -24,19 +24,20 @@ class Bands:
 
     def pay(self, micro_credits: int, now: float, *, batch: bool) -> None:
         """So much was charged, or given back if negative."""
-        self._fade(now)
+        if now - self._at >= _STEP_S:
+            self._fade(now)
         self._all += micro_credits
         if batch:
             self._batch += micro_credits
 
     def batch_share(self, now: float) -> float:
         """Which part of all service went to batch, 0 to 1; 0 where there was none."""
-        self._fade(now)
+        if now - self._at >= _STEP_S:
+            self._fade(now)
         return self._batch / self._all if self._all > 0 else 0.0
 
     def _fade(self, now: float) -> None:
-        if now - self._at >= _STEP_S:
-            faded = 0.5 ** ((now - self._at) / _HALF_LIFE_S)
-            self._all *= faded
-            self._batch *= faded
-            self._at = now
+        faded = 0.5 ** ((now - self._at) / _HALF_LIFE_S)
+        self._all *= faded
+        self._batch *= faded
+        self._at = now

@@ -54,7 +54,7 @@ class Picker:
     def is_light(self, job: Job, *, more: int = 0) -> bool:
         """Whether what its member has in flight is within its share of the slots for its model."""
         lane = job.lane
-        return not lane.batch and self._is_within(job.account, self._slots_of(lane), more)
+        return not lane.batch and self._is_within(job.account, lane.supply.slots, more)
 
     def _slots_of(self, lane: Lane) -> int:
         return lane.supply.slots

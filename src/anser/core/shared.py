@@ -267,6 +267,11 @@ class _Picker(Picker):
     owned: Counter[str] = field(default_factory=Counter[str])  # slots of this shard, by model
     borrowed: dict[str, bool] = field(default_factory=dict[str, bool])  # light? by node
 
+    def is_light(self, job: Job, *, more: int = 0) -> bool:
+        """Whether what its member has in flight anywhere is within its share of all slots."""
+        lane = job.lane
+        return not lane.batch and self._is_within(job.account, self._slots_of(lane), more)
+
     def _slots_of(self, lane: Lane) -> int:
         model = lane.supply.model
         return self.owned[model] + self.neighbours.slots(model)

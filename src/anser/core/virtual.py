@@ -47,7 +47,8 @@ class Virtual:
 
     def advance(self, key: int, at: float) -> int:
         """A child with this key was given a slot at `at`, in monotonic seconds; tells the reach."""
-        self.now = max(self.now, key)
+        if self.now < key:
+            self.now = key
         if at - self._marked_at >= _HORIZON_S:
             self._former, self._marked, self._marked_at = self._marked, self.now, at
         return self.reach
