@@ -17,6 +17,7 @@ from __future__ import annotations
 import asyncio
 import json
 import math
+import re
 import zlib
 from collections import OrderedDict
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
@@ -41,6 +42,7 @@ _BLOCK_TOKENS = 64
 _BATCH_TOKENS = 512
 _STALL_S = 86_400.0
 _WORDS = "ash birch cedar elm fir hazel larch lime maple oak pine plane rowan spruce yew".split()
+_ANY_WORD = re.compile("|".join(_WORDS))
 
 
 class FaultKind(Enum):
@@ -247,9 +249,8 @@ def _begun(call: Call) -> tuple[str, list[str]]:
     if call.route is Route.CHAT and messages and messages[-1].get("role") == "assistant":
         return json.dumps([messages[:-1], None], sort_keys=True), messages[-1]["content"].split()
     text: Any = call.body.get("prompt")
-    for end in range(1, len(text)) if isinstance(text, str) else ():
-        prompt = json.dumps([None, text[:end]])
-        rest = text[end:]
+    for match in _ANY_WORD.finditer(text, 1) if isinstance(text, str) else ():
+        prompt, rest = json.dumps([None, text[: match.start()]]), text[match.start() :]
         if rest.startswith(_word(call, prompt, 0)):
             words = rest.split()
             if rest == "".join(_word(call, prompt, index) for index in range(len(words))):
