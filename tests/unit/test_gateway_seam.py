@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import json
 import random
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from typing import Any
 
 import pytest
 
+from anser.adapters.memory import MemoryClock
 from anser.adapters.memory_engine import MemoryEngine
 from anser.config import GatewaySettings, MemberSettings
 from anser.core.errors import EngineBroken, EngineRefused
@@ -22,6 +23,7 @@ from anser.ports import Call, Route
 from anser.services.chunks import Piece
 from anser.services.members import OWNER
 from tests.pool import Pool, demand, open_pool
+from tests.simulation import virtual
 
 pytestmark = pytest.mark.anyio
 
@@ -350,24 +352,37 @@ async def test_who_leaves_at_the_seam_pays_for_what_was_said() -> None:
         assert pool.gateway.scheduler.running == pool.gateway.scheduler.queued == 0
 
 
-async def test_a_deadline_is_for_the_first_token() -> None:
+def in_virtual_time(main: Callable[[MemoryClock], Coroutine[Any, Any, None]]) -> None:
+    """Run on a clock that jumps from timer to timer."""
+    clock = MemoryClock()
+    virtual.run(lambda: main(clock), clock=clock, jumped=lambda: None)
+
+
+def test_a_deadline_is_for_the_first_token() -> None:
     """A request that has had it in time is gone on with after its deadline."""
-    engines = {"a": Copyist(dies_after=once(9)), "b": Copyist()}
-    async with open_pool({**engines}) as pool:
-        wanted = replace(asked(), deadline=pool.gateway.clock.now() + 0.3)
-        assert await slowly(pool, wanted) == TEXT
+
+    async def main(clock: MemoryClock) -> None:
+        engines = {"a": Copyist(dies_after=once(9)), "b": Copyist()}
+        async with open_pool({**engines}, clock=clock) as pool:
+            assert await slowly(pool, replace(asked(), deadline=clock.now() + 0.3)) == TEXT
+
+    in_virtual_time(main)
 
 
-async def test_patience_begins_anew_at_the_seam() -> None:
+def test_patience_begins_anew_at_the_seam() -> None:
     """However long an answer has taken, its rest may wait as long as any request."""
-    settings, dies = GatewaySettings(queue_timeout_s=0.8), once(9)
-    engines = {name: Copyist(dies_after=dies, slots=1, pause_s=_busy_s) for name in "ab"}
-    async with open_pool({**engines}, settings=settings) as pool:
-        ours = asyncio.ensure_future(slowly(pool, asked()))
-        await asyncio.sleep(0.05)
-        other = asyncio.ensure_future(read(pool, replace(asked(), id="busy")))  # about 1.1 s
-        assert await ours == TEXT
-        await other
+
+    async def main(clock: MemoryClock) -> None:
+        settings, dies = GatewaySettings(queue_timeout_s=0.8), once(9)
+        engines = {name: Copyist(dies_after=dies, slots=1, pause_s=_busy_s) for name in "ab"}
+        async with open_pool({**engines}, settings=settings, clock=clock) as pool:
+            ours = asyncio.ensure_future(slowly(pool, asked()))
+            await asyncio.sleep(0.05)
+            other = asyncio.ensure_future(read(pool, replace(asked(), id="busy")))  # about 1.1 s
+            assert await ours == TEXT
+            await other
+
+    in_virtual_time(main)
 
 
 def _busy_s(call: Call) -> float:
