@@ -167,6 +167,9 @@ async def test_an_answer_survives_its_node() -> None:
         assert receipt.usage.completion_tokens == -(-len(TEXT) // 3)
         assert receipt.usage.prompt_tokens == 4, "what was said is no part of the prompt"
         assert pool.gateway.stats.continued == 1
+        trail = pool.gateway.whys.find("r")
+        assert trail is not None
+        assert [step.delivered_tokens for step in trail.steps] == [5, 0]
         paid = keys_paid(pool)
     async with open_pool({"a": Copyist()}) as pool:
         await read(pool, asked())

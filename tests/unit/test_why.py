@@ -221,17 +221,28 @@ def test_people_are_told_in_words(language: str, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setenv("ANSER_LANG", language)
     first = {"lease": "r.1", "node": "a", "waited_s": 0.0, "rule": "free", "rivals": 0}
     first |= {"key_micro_credits": 0, "least_key_micro_credits": 0, "cached_tokens": 0}
+    first |= {"error": None, "delivered_tokens": 0}
     steps: list[dict[str, Any]] = [{**first, "error": "engine_broken"}]
+    steps.append({**first, "error": "engine_stalled", "delivered_tokens": 31})
     for rule in Rule:
         keys = {"key_micro_credits": 2_500_000, "cached_tokens": 64, "rivals": 7}
-        steps.append({**first, **keys, "node": "b", "rule": rule.name.lower(), "error": None})
+        steps.append({**first, **keys, "node": "b", "rule": rule.name.lower()})
     found: dict[str, Any] = {"request": "r", "member": "m", "model": "x", "prompt_tokens": 100}
     found |= {"queued": 5, "queued_own": 2, "waited_s": 1.25, "waiting": False, "leases": steps}
     text = "\n".join(in_words({**found, "ended": "overloaded", "retry_after_s": 12.0}))
-    for word in ("1.250", "engine_broken", "2.500", "64", "overloaded", "12"):
+    for word in (
+        "1.250",
+        "engine_broken",
+        "engine_stalled",
+        "31",
+        "2.500",
+        "64",
+        "overloaded",
+        "12",
+    ):
         assert word in text
     lines = text.splitlines()
-    assert len(lines) == 2 + 3 + 3 * len(Rule) + 2
+    assert len(lines) == 2 + 2 * 3 + 3 * len(Rule) + 2
     quiet = {**found, "waited_s": 0.0, "leases": [], "ended": "cancelled", "retry_after_s": None}
     still = {**found, "waiting": True, "leases": [], "ended": None, "retry_after_s": None}
     refused = {**quiet, "ended": "no_node"}

@@ -86,4 +86,5 @@ def _lease(step: Step) -> dict[str, Any]:
         "rivals": why.rivals,
         "cached_tokens": why.cached_tokens,
         "error": step.error,
+        "delivered_tokens": step.delivered_tokens,
     }

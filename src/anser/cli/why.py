@@ -68,5 +68,7 @@ def _lease(lease: dict[str, Any], prompt_tokens: int) -> Iterator[str]:
         yield tr("why.cached", cached=lease["cached_tokens"], prompt=prompt_tokens)
     else:
         yield tr("why.fresh")
-    if lease["error"] is not None:
+    if lease["error"] is not None and lease["delivered_tokens"]:
+        yield tr("why.died", code=lease["error"], tokens=lease["delivered_tokens"])
+    elif lease["error"] is not None:
         yield tr("why.failed", code=lease["error"])

@@ -89,7 +89,8 @@ class Dispatch:
         """Its node has failed, having delivered that: returns whether it waits or runs again."""
         trail = self.whys.find(run.demand.id)
         if trail is not None:
-            trail.waits_again(error.code, self.clock.now())
+            tokens = delivered.completion_tokens
+            trail.waits_again(error.code, self.clock.now(), delivered_tokens=tokens)
         refusals = self.tell(Failed(lease=lease.id, delivered=delivered, retry=True))
         return all(refused.request != run.demand.id for refused in refusals)
 

@@ -27,6 +27,7 @@ class Step:
     waited_s: float
     why: Why
     error: str | None = None
+    delivered_tokens: int = 0  # before that
 
 
 @dataclass(slots=True, kw_only=True)
@@ -53,9 +54,10 @@ class Trail:
         self._stop_waiting(now)
         self.steps.append(Step(lease=lease, waited_s=self.waited_before_s - before_s, why=why))
 
-    def waits_again(self, error: str, now: float) -> None:
-        """Its node has failed before the first token."""
-        self.steps[-1].error = error
+    def waits_again(self, error: str, now: float, *, delivered_tokens: int = 0) -> None:
+        """Its node has failed, after so many tokens that have reached the client."""
+        step = self.steps[-1]
+        step.error, step.delivered_tokens = error, delivered_tokens
         self.waits_since = now
 
     def end(self, code: str, now: float, *, retry_after_s: float | None = None) -> None:
