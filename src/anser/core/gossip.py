@@ -9,13 +9,16 @@ number is the highest so far. It says how much of the other's it has taken (`hea
 
 A shard *calls* for slots by telling, for each account below which something waits, the least key of
 its children and whose that is. From all calls follows where a free slot of some models is due:
-from the root down, to the child of least key, at the shard that called for it.
+from the root down, to the child of least key, at the shard that called for it. A call is as old as
+its message: a key is at least what has been heard of it since, and a slot that is under way counts
+as used by whoever it was called for.
 
 It also tells what a borrowed slot's node still has to read for members above their share, so that
 the owner's reading gate holds for all. Until it has told of a loan, the gate is closed.
 
 A shard that has not been heard of for `lost_s` calls no more. Nor does one for as long as it has as
-many slots under way to it as it has requests for them, or has just given one back unused.
+many slots under way to it as it has requests for them, or has just given one back unused; if that
+was kept for light members, it calls for such no more.
 
 Times are those of the shard's own clock; nothing compares two clocks.
 """
