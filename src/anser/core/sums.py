@@ -4,10 +4,10 @@ Theory of operation
 -------------------
 Each shard counts for each account (of a person, a project, an organisation) what it has charged and
 refunded itself, and the requests that came and left, as sums that only grow, and keeps the last
-such `Row` that it has had from each other shard. Rows are merged by the maximum, so a row that is lost, late or comes twice does no harm
-and shards that have heard the same rows know the same, in whatever order they came: a grow-only
-counter for each shard and sign (PN-counter; Shapiro et al., Conflict-free replicated data types,
-2011).
+such `Row` that it has had from each other shard. Rows are merged by the maximum, so a row that is
+lost, late or comes twice does no harm and shards that have heard the same rows know the same, in
+whatever order they came: a grow-only counter for each shard and sign (PN-counter; Shapiro et al.,
+Conflict-free replicated data types, 2011).
 
 An account's key is its *lift* and what all shards have raised it by. The lift says where it stood
 when it last came from idleness; it only grows, and is the maximum of all lifts known. So is a
