@@ -5,6 +5,7 @@ Each has a contract suite in tests/contract; an adapter is finished when that su
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Protocol
 
 from anser.core.contribution import Credit
+from anser.core.errors import EngineError
 from anser.core.fleet import EngineReport, Node
 from anser.core.hub import ModelFile
 from anser.core.ledger import Receipt
@@ -28,10 +30,13 @@ __all__ = [
     "NodeStore",
     "Progress",
     "ReceiptStore",
+    "Receiver",
     "Route",
     "SignedBatch",
     "Signer",
+    "Starter",
     "StoredReceipt",
+    "Stream",
     "UsageRow",
 ]
 
@@ -93,6 +98,53 @@ class Engine(Protocol):
     async def aclose(self) -> None:
         """Release everything; idempotent."""
         ...
+
+
+class Receiver(Protocol):
+    """Who is told of one answer as it comes, by calls on the event loop's thread."""
+
+    def chunk(self, data: bytes) -> None:
+        """The next OpenAI chunk, one JSON object in one line."""
+        ...
+
+    def ended(self) -> None:
+        """The engine's own end of the stream has come: it no longer works on it."""
+        ...
+
+    def failed(self, error: EngineError) -> None:
+        """The answer ends here; the engine no longer works on it, as far as can be known."""
+        ...
+
+
+class Stream(Protocol):
+    """One answer under way at an engine."""
+
+    def pause(self) -> None:
+        """Tell of no more chunks, and soon take none from the engine; idempotent."""
+        ...
+
+    def resume(self) -> None:
+        """Go on; idempotent."""
+        ...
+
+    def abort(self, stopped: Callable[[], None]) -> None:
+        """Stop the engine; its receiver hears no more.
+
+        `stopped` is called once, here or later, when the engine no longer works on it; at once
+        where it has ended or failed. To be called once.
+        """
+        ...
+
+
+class Starter(ABC):
+    """An engine that tells of its chunks by itself, without a task for each answer."""
+
+    @abstractmethod
+    def start(self, call: Call, receiver: Receiver) -> Stream:
+        """Open one answer, as `Engine.generate` does; whatever fails is told to `receiver`.
+
+        `receiver` hears nothing before this has returned, and nothing after `ended` or `failed`.
+        """
 
 
 class MemberStore(Protocol):
