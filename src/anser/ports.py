@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Protocol
 
 from anser.core.contribution import Credit
-from anser.core.errors import EngineError
+from anser.core.errors import AnserError
 from anser.core.fleet import EngineReport, Node
 from anser.core.hub import ModelFile
 from anser.core.ledger import Receipt
@@ -111,8 +111,11 @@ class Receiver(Protocol):
         """The engine's own end of the stream has come: it no longer works on it."""
         ...
 
-    def failed(self, error: EngineError) -> None:
-        """The answer ends here; the engine no longer works on it, as far as can be known."""
+    def failed(self, error: AnserError) -> None:
+        """The answer ends here, for the node's fault (EngineError) or the request's own.
+
+        The engine no longer works on it, as far as can be known.
+        """
         ...
 
 

@@ -1,20 +1,18 @@
-"""From the queue to the first token: node after node, until one has begun to answer.
+"""Asking nodes: which engine a lease means, how long it has, and what follows when it fails.
 
-Theory of operation. A request waits in the task of its caller until the scheduler gives it a lease;
-then that node is asked. Whatever fails before the first token is another node's work, unseen by the
+Theory of operation. Whatever fails before the first token is another node's work, unseen by the
 client: the scheduler puts the request back at the front, and it starts elsewhere. In the same way
 begins the rest of an answer whose node has died (`Run.go_on`). What an engine refuses is the
 request's own fault and is tried nowhere else, unless it is the way to go on that is refused.
 
-Each failed lease is told to the scheduler, and kept in the run, once; the fleet is told of every
-failure that is the node's.
+Answers pass through a `Flight`, which asks here what to do; embeddings, which come whole, are made
+here. Each failed lease is told to the scheduler, and kept in the run, once; the fleet is told of
+every failure that is the node's.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
-from contextlib import AbstractAsyncContextManager, AsyncExitStack
 from dataclasses import dataclass
 
 from anser.config import GatewaySettings
@@ -30,21 +28,12 @@ from anser.core.events import Lease
 from anser.core.health import NodeState
 from anser.core.ledger import Usage
 from anser.ports import Call, Engine
-from anser.services.chunks import Piece, read_opening
 from anser.services.dispatch import Dispatch
 from anser.services.fleet import Fleet
 from anser.services.run import Demand, Run, call_for, come_back_s
 from anser.services.stats import Stats
 
-__all__ = ["Attempts", "Opened"]
-
-
-@dataclass(frozen=True, slots=True)
-class Opened:
-    """An open stream: what came up to its first token, counted, and the rest."""
-
-    opening: list[tuple[Piece, int]]
-    rest: AsyncIterator[bytes]
+__all__ = ["Attempts"]
 
 
 @dataclass(slots=True, kw_only=True)
@@ -59,40 +48,60 @@ class Attempts:
     def __repr__(self) -> str:
         return f"<Attempts retries={self.stats.retries}>"
 
-    async def open(self, run: Run, stream: AsyncExitStack) -> Opened:
-        """Start on node after node until one gives a first token; the stream stays open."""
-        while True:
-            lease = await self._lease(run)
-            try:
-                async with asyncio.timeout(self._first_token_s(run)):
-                    chunks = await stream.enter_async_context(self._generate(run, lease))
-                    opening = await read_opening(run.tally, chunks)
-                run.began = True
-                return Opened(opening, chunks)
-            except TimeoutError:
-                self._check_deadline(run)
-                error: EngineError = EngineStalled("The engine gave no first token in time.")
-            except EngineRefused as raised:
-                if not run.before:
-                    raise
-                error = raised
-            except EngineError as raised:
-                error = raised
-            await stream.aclose()
-            self.failed(run, error)
+    def call(self, run: Run, lease: Lease) -> tuple[Engine, Call]:
+        """The lease's engine and the question in its own names.
+
+        Raises EngineUnreachable, or EngineRefused where it cannot go on with what was begun.
+        """
+        run.opened = True
+        try:
+            offer = self.fleet.offer(lease.node, run.demand.model)
+            run.owner = offer.member
+            call = call_for(run.wanted(offer.engine), lease, offer)
+            return self.fleet.engine(lease.node), call
+        except NoNode as gone:
+            raise EngineUnreachable(gone.message) from None
+
+    def leased(self, run: Run) -> None:
+        """It has a slot, and waits no longer."""
+        run.reservation.started()
+        self.stats.queue_s.observe(self.dispatch.clock.now() - run.waits_since)
+
+    def starts(self, model: str) -> bool:
+        """Whether all nodes of this model are still starting."""
+        return self.states(model) == {NodeState.STARTING}
+
+    def wait_s(self, demand: Demand) -> float:
+        """How long one more request like it would wait now."""
+        return self.dispatch.scheduler.wait_s(demand.member, demand.model)
+
+    def first_token_s(self, run: Run) -> float:
+        """How long an engine has for the first token."""
+        left_s = run.left_s(self.dispatch.clock.now())
+        return max(0.0, min(self.settings.first_token_timeout_s, left_s))
+
+    def too_late(self, run: Run) -> DeadlineUnreachable | None:
+        """What it fails of once its deadline has passed: no node is to blame, none is tried."""
+        if run.left_s(self.dispatch.clock.now()) > 0:
+            return None
+        run.late = True
+        message = "No first token came by the request's deadline."
+        return DeadlineUnreachable(message, retry_after_s=come_back_s(self.wait_s(run.demand)))
 
     async def embed(self, run: Run) -> bytes:
         """Embeddings, from one node after the other until one has made them."""
         while True:
             lease = await self._lease(run)
             try:
-                engine, call = self._call(run, lease)
-                async with asyncio.timeout(self._first_token_s(run)):
+                engine, call = self.call(run, lease)
+                async with asyncio.timeout(self.first_token_s(run)):
                     data = await engine.embed(call)
                 run.began = True
                 return data
             except TimeoutError:
-                self._check_deadline(run)
+                late = self.too_late(run)
+                if late is not None:
+                    raise late from None
                 error: EngineError = EngineStalled("The engine gave no embeddings in time.")
             except EngineRefused:
                 raise
@@ -126,46 +135,13 @@ class Attempts:
         if not again or (run.lease is None and self.fleet.hopeless(run.demand.model)):
             run.ready.set_exception(error)
 
-    def _generate(
-        self, run: Run, lease: Lease
-    ) -> AbstractAsyncContextManager[AsyncIterator[bytes]]:
-        engine, call = self._call(run, lease)
-        return engine.generate(call)
-
-    def _call(self, run: Run, lease: Lease) -> tuple[Engine, Call]:
-        """The lease's engine and the question in its own names. Raises EngineUnreachable."""
-        run.opened = True
-        try:
-            offer = self.fleet.offer(lease.node, run.demand.model)
-            run.owner = offer.member
-            call = call_for(run.wanted(offer.engine), lease, offer)
-            return self.fleet.engine(lease.node), call
-        except NoNode as gone:
-            raise EngineUnreachable(gone.message) from None
-
     async def _lease(self, run: Run) -> Lease:
         """Wait for a slot. Raises Unavailable, or the last node's error."""
-        clock, model = self.dispatch.clock, run.demand.model
+        model = run.demand.model
         lease = await run.started(
-            clock,
-            starting=lambda: self.states(model) == {NodeState.STARTING},
-            wait_s=lambda: self._wait_s(run.demand),
+            self.dispatch.clock,
+            starting=lambda: self.starts(model),
+            wait_s=lambda: self.wait_s(run.demand),
         )
-        run.reservation.started()
-        self.stats.queue_s.observe(clock.now() - run.waits_since)
+        self.leased(run)
         return lease
-
-    def _wait_s(self, demand: Demand) -> float:
-        return self.dispatch.scheduler.wait_s(demand.member, demand.model)
-
-    def _first_token_s(self, run: Run) -> float:
-        """How long an engine has for the first token."""
-        left_s = run.left_s(self.dispatch.clock.now())
-        return max(0.0, min(self.settings.first_token_timeout_s, left_s))
-
-    def _check_deadline(self, run: Run) -> None:
-        """Raise DeadlineUnreachable once it has passed: no node is to blame, none is tried."""
-        if run.left_s(self.dispatch.clock.now()) <= 0:
-            run.late = True
-            message = "No first token came by the request's deadline."
-            raise DeadlineUnreachable(message, retry_after_s=come_back_s(self._wait_s(run.demand)))

@@ -1,13 +1,9 @@
-"""The gateway: carries one request from its admission to its receipt.
+"""The gateway: admits requests, and carries each from its admission to its receipt.
 
-Theory of operation. A request lives in the task of its caller; the gateway owns no task. The
-scheduler decides (`Scheduler.handle`), the gateway acts: a `Start` wakes the request's own task,
-which opens the stream at the node. Until the first chunk a node's failure is not seen by the
-client: the scheduler puts the request back at the front and it starts elsewhere (`attempts`).
-Later, another node goes on from what the client has (`seam`), or the stream ends in an error. The
-chunk that ends the answer is held back until the receipt is durable, so whoever has seen an end
-finds its receipt. Leaving early cancels: in the queue at once, at the engine before the slot is
-free again.
+Theory of operation. The scheduler decides (`Scheduler.handle`), the gateway acts. An answer passes
+through a `Flight`, which is moved by calls and owns no task; whoever would rather wait for pieces
+than be told of them reads them from an `Answer`. Embeddings, which come whole, are made in the task
+of their caller.
 
 Invariants: each admitted request leaves exactly one receipt; a slot is reported free only after
 its engine has stopped; between a decision and what relies on it there is no await.
@@ -16,54 +12,36 @@ its engine has stopped; between a decision and what relies on it there is no awa
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
-from contextlib import (
-    AsyncExitStack,
-    aclosing,
-    asynccontextmanager,
-    suppress,
-)
-from dataclasses import dataclass, field, replace
+from collections.abc import AsyncGenerator, Callable
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass, field
 
 from anser.config import GatewaySettings
-from anser.core.errors import (
-    AnserError,
-    EngineBroken,
-    EngineError,
-    EngineRefused,
-    EngineStalled,
-    ModelNotFound,
-    Overloaded,
-    ShuttingDown,
-)
-from anser.core.events import (
-    Failed,
-    Finished,
-    Progressed,
-    Request,
-)
-from anser.core.ledger import Outcome, Receipt, Usage
+from anser.core.errors import AnserError, ModelNotFound, Overloaded, ShuttingDown
+from anser.core.events import Request
+from anser.core.ledger import Outcome, Usage
 from anser.core.scheduler import Scheduler
-from anser.ports import Clock, Route
-from anser.services.attempts import Attempts, Opened
-from anser.services.chunks import Ending, Piece, Tally, read_embedding_usage
+from anser.ports import Clock
+from anser.services.answer import Answer
+from anser.services.attempts import Attempts
+from anser.services.chunks import Tally, read_embedding_usage
 from anser.services.dispatch import Dispatch
 from anser.services.fairness import Fairness
 from anser.services.fleet import Fleet
+from anser.services.flight import Crew, Flight, Reader
 from anser.services.ledger import Ledger
 from anser.services.lengths import Lengths
 from anser.services.members import Members
 from anser.services.reservation import Reservation
 from anser.services.run import Demand, Patience, Run
-from anser.services.seam import Said, without_role
+from anser.services.seam import Said
+from anser.services.settlement import Settlement
 from anser.services.stats import NodeRow, Snapshot, Stats
 from anser.services.why import Whys
 
 __all__ = ["Answer", "Demand", "Embedded", "Gateway", "NodeRow", "Snapshot"]
 
-_COALESCE_S = 0.1  # SCHEDULER rule 4: output is charged per token, told at most this often
 _RETRY_AFTER_S = 5.0
-_OVERRUN_SLACK = 1  # the rest of the last token may come in a chunk of its own
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,25 +53,6 @@ class Embedded:
     lease: str
     limits: dict[str, str]
     usage: Usage
-
-
-@dataclass(slots=True)
-class Answer:
-    """An answer under way: iterate its pieces; `usage` is known at the end."""
-
-    node: str
-    lease: str
-    limits: dict[str, str]
-    _pieces: AsyncGenerator[Piece]
-    _run: Run
-
-    def __aiter__(self) -> AsyncIterator[Piece]:
-        return self._pieces
-
-    @property
-    def usage(self) -> Usage:
-        """What the answer has cost so far."""
-        return self._run.whole(self._run.settled())
 
 
 @dataclass(slots=True, kw_only=True)
@@ -112,6 +71,8 @@ class Gateway:
     draining: bool = False
     _dispatch: Dispatch = field(init=False)
     _attempts: Attempts = field(init=False)
+    _settlement: Settlement = field(init=False)
+    _crew: Crew = field(init=False)
 
     def __post_init__(self) -> None:
         self._dispatch = Dispatch(
@@ -123,6 +84,10 @@ class Gateway:
         self._attempts = Attempts(
             dispatch=self._dispatch, fleet=self.fleet, settings=self.settings, stats=self.stats
         )
+        self._settlement = Settlement(
+            dispatch=self._dispatch, fleet=self.fleet, stats=self.stats, lengths=self.lengths
+        )
+        self._crew = Crew(attempts=self._attempts, settlement=self._settlement, ledger=self.ledger)
         self.members.subscribe(self._dispatch.weighed)
         self.fleet.subscribe(self._dispatch.fleet_changed)
 
@@ -148,6 +113,16 @@ class Gateway:
         """Set while no request is in flight."""
         return self._dispatch.empty
 
+    def start(self, demand: Demand, reader: Reader, place: Reservation | None = None) -> Flight:
+        """Admit and start `demand`, in a `place` if it has one; `reader` is told of its answer.
+
+        Raises LimitReached, ModelNotFound, NoNode, Overloaded and ShuttingDown at once; all else is
+        told to `reader`, after this has returned.
+        """
+        flight = Flight(self._crew, self._admit(demand, place), reader)
+        flight.begin()
+        return flight
+
     @asynccontextmanager
     async def answer(
         self, demand: Demand, place: Reservation | None = None
@@ -157,29 +132,16 @@ class Gateway:
         Leaving the context before the pieces end cancels the request. Raises LimitReached,
         ModelNotFound, EngineError, EngineRefused, and each Unavailable.
         """
-        run = self._admit(demand, place)
-        async with AsyncExitStack() as stream:
-            try:
-                chunks = await self._attempts.open(run, stream)
-                assert run.lease is not None
-                async with aclosing(self._pieces(run, chunks, stream)) as pieces:
-                    yield Answer(
-                        node=run.lease.node,
-                        lease=run.lease.id,
-                        limits=run.reservation.headers(),
-                        _pieces=pieces,
-                        _run=run,
-                    )
-            except AnserError as error:
-                await stream.aclose()
-                await self._fail(run, error)
-                raise
-            finally:
-                if not run.closed:
-                    try:
-                        await stream.aclose()
-                    finally:  # also when cancelled once more meanwhile
-                        self._cancel(run)
+        answer = Answer()
+        answer.flight = self.start(demand, answer, place)
+        try:
+            await answer.opening()
+            yield answer
+        except AnserError as error:
+            await answer.leave(error)
+            raise
+        finally:
+            await answer.leave()
 
     async def embed(self, demand: Demand, place: Reservation | None = None) -> Embedded:
         """Admit, queue and answer an embeddings demand. Raises as `answer` does."""
@@ -191,13 +153,15 @@ class Gateway:
             lease = run.lease
             assert lease is not None
             limits = run.reservation.headers()
-            await self._end(run, Outcome.FINISHED, None)
+            await self.ledger.record(self._settlement.close(run, Outcome.FINISHED, None))
         except AnserError as error:
-            await self._fail(run, error)
+            if not run.closed:
+                with suppress(AnserError):  # its client is told of `error`
+                    await self.ledger.record(self._settlement.close(run, Outcome.FAILED, error))
             raise
         finally:
             if not run.closed:
-                self._cancel(run)
+                self.ledger.enqueue(self._settlement.close(run, Outcome.CANCELLED, None))
         return Embedded(data=data, node=lease.node, lease=lease.id, limits=limits, usage=usage)
 
     def snapshot(self) -> Snapshot:
@@ -271,170 +235,3 @@ class Gateway:
         hopeless = self.fleet.hopeless(model)
         if hopeless is not None:
             raise hopeless
-
-    # From the first chunk to the receipt
-
-    async def _pieces(
-        self, run: Run, opened: Opened, stream: AsyncExitStack
-    ) -> AsyncGenerator[Piece]:
-        """Pass on the answer, of node after node; hold its end until the receipt is durable."""
-        ending = Ending(run.demand.output_tokens_max)
-        while not ending.finished:
-            try:
-                async with aclosing(self._relay(run, opened, ending)) as pieces:
-                    async for piece in pieces:
-                        yield piece
-            except EngineError as error:
-                if not self._is_whole(run, ending, error):
-                    await stream.aclose()
-                    opened = await self._go_on(run, error, stream)
-                    ending = Ending(run.demand.output_tokens_max)
-        await stream.aclose()  # the engine's slot is free before the scheduler gives it away
-        await self._end(run, Outcome.FINISHED, None)
-        usage = run.whole(run.settled())
-        for piece in ending.pieces:
-            yield piece if piece.usage is None else replace(piece, usage=usage)
-
-    async def _relay(self, run: Run, opened: Opened, ending: Ending) -> AsyncGenerator[Piece]:
-        """Count and pass on the chunks of one lease, but for the end. Raises EngineError."""
-        counted = opened.opening
-        while counted:
-            for piece, tokens in counted:
-                self._progress(run, tokens)
-                total = run.before + run.tally.tokens
-                if self._is_too_long(run, total) or run.said.stops_in(piece):
-                    run.tally.cut(run.delivered - run.before)
-                    ending.cut(piece, "length" if run.blame else "stop")
-                    return
-                if not ending.holds(piece, tokens, counted=total):
-                    self._deliver(run, piece, tokens)
-                    yield piece
-            counted = await self._next(run, opened.rest)
-        if not ending.finished:
-            raise EngineBroken("The engine ended its stream without a finish_reason.")
-
-    @staticmethod
-    def _is_too_long(run: Run, tokens: int) -> bool:
-        """Whether its engine has gone past the longest answer asked for."""
-        if tokens <= run.demand.output_tokens_max + _OVERRUN_SLACK:
-            return False
-        run.blame = EngineBroken("The engine went past the longest answer asked for.")
-        return True
-
-    @staticmethod
-    def _is_whole(run: Run, ending: Ending, error: EngineError) -> bool:
-        """Whether its node has died when nothing of the answer was missing but the usage."""
-        full = run.delivered >= run.demand.output_tokens_max
-        if not ending.finished and full and run.said.last is not None:
-            run.tally.cut(run.delivered - run.before)
-            ending.cut(run.said.last)
-        if ending.finished:
-            run.blame = error
-        return ending.finished
-
-    async def _go_on(self, run: Run, error: EngineError, stream: AsyncExitStack) -> Opened:
-        """Let another node go on from what the client has. Raises AnserError where none can."""
-        if isinstance(error, EngineRefused) or not self.settings.continue_answers:
-            raise error
-        if not run.said.open:
-            raise error
-        delivered = run.delivered - run.before
-        run.go_on(Patience(self.clock.now(), self.settings.queue_timeout_s))
-        self._attempts.failed(run, error, delivered=delivered)
-        opened = await self._attempts.open(run, stream)
-        self.stats.continued += 1
-        opening = [(without_role(piece), tokens) for piece, tokens in opened.opening]
-        return Opened([(piece, tokens) for piece, tokens in opening if piece], opened.rest)
-
-    async def _next(self, run: Run, chunks: AsyncIterator[bytes]) -> list[tuple[Piece, int]]:
-        """The next chunk, counted; nothing at the end. Raises EngineError.
-
-        Chunks without a token are silence as well; the time that the client takes is not.
-        """
-        left_s, asked_at = self.settings.token_gap_timeout_s - run.silent_s, self.clock.now()
-        try:
-            async with asyncio.timeout(max(left_s, 0.0)):
-                data = await anext(chunks, None)
-        except TimeoutError:
-            raise EngineStalled("The engine went silent in mid-answer.") from None
-        if data is None:
-            return []
-        piece, tokens = run.tally.read(data)
-        run.silent_s = 0.0 if tokens else run.silent_s + self.clock.now() - asked_at
-        return [(piece, tokens)]
-
-    def _deliver(self, run: Run, piece: Piece, tokens: int) -> None:
-        run.delivered += tokens
-        run.said.add(piece)
-        if tokens and run.first_token_ms is None:
-            run.first_token_ms = run.moment(self._dispatch.wall_ms())
-            self.stats.first_token_s.observe(self.clock.now() - run.admitted_at)
-
-    def _progress(self, run: Run, tokens: int) -> None:
-        """Charge what was generated, told to the scheduler at most every 100 ms."""
-        now = self.clock.now()
-        self.stats.produced(tokens, now)
-        untold = run.tally.tokens - run.told
-        if untold and now - run.told_at >= _COALESCE_S and run.lease is not None:
-            run.told, run.told_at = run.tally.tokens, now
-            self._dispatch.tell(Progressed(lease=run.lease.id, tokens=untold))
-
-    # The end
-
-    async def _end(self, run: Run, outcome: Outcome, error: AnserError | None) -> None:
-        """Free the slot, settle the limits, and wait until the receipt is durable."""
-        if not run.closed:
-            await self.ledger.record(self._close(run, outcome, error))
-
-    async def _fail(self, run: Run, error: AnserError) -> None:
-        """End it as failed. Its client is told of `error`, not of what the store may say then."""
-        with suppress(AnserError):
-            await self._end(run, Outcome.FAILED, error)
-
-    def _cancel(self, run: Run) -> None:
-        """The client has left and the engine has stopped: free all, and leave the receipt."""
-        self.ledger.enqueue(self._close(run, Outcome.CANCELLED, None))
-
-    def _close(self, run: Run, outcome: Outcome, error: AnserError | None) -> Receipt:
-        run.closed = True
-        generated, delivered = run.generated(outcome), run.received(outcome)
-        lease = run.lease
-        self._report_node(run, outcome, error)
-        code, wall_ms = None if error is None else error.code, self._dispatch.wall_ms()
-        run.close_lease(code, tokens=generated.completion_tokens, wall_ms=wall_ms)
-        self._dispatch.remove(run)
-        if lease is None:
-            self._dispatch.left(run, code)
-        elif outcome is Outcome.FAILED and isinstance(error, EngineError):
-            usage = run.part(delivered)
-            self._dispatch.tell(Failed(lease=lease.id, delivered=usage, retry=False))
-        else:
-            self._dispatch.tell(Finished(lease=lease.id, usage=generated))
-        spent = run.spent(generated, delivered)
-        run.reservation.settle(
-            prompt_tokens=spent.prompt_tokens,
-            completion_tokens=spent.completion_tokens,
-            typical=outcome is Outcome.FINISHED and run.demand.route is not Route.EMBEDDINGS,
-        )
-        self._count(run, outcome, delivered)
-        return run.receipt(outcome, error, wall_ms=wall_ms)
-
-    def _report_node(self, run: Run, outcome: Outcome, error: AnserError | None) -> None:
-        """A whole stream tells about its node; the client's own fault or leaving does not."""
-        if run.lease is None:
-            return
-        blame = run.blame or error
-        if isinstance(blame, EngineError) and not isinstance(blame, EngineRefused):
-            self.fleet.failed(run.lease.node, blame)
-        elif outcome is Outcome.FINISHED:
-            self.fleet.succeeded(run.lease.node)
-
-    def _count(self, run: Run, outcome: Outcome, delivered: Usage) -> None:
-        self.stats.outcomes[run.demand.route.name.lower(), outcome.value] += 1
-        self.stats.tokens["prompt"] += delivered.prompt_tokens
-        if run.tally.usage is not None and not run.before:
-            prompt, size_bytes = run.tally.usage.prompt_tokens, run.demand.prompt_bytes
-            self.lengths.observe(run.demand.model, tokens=prompt, size_bytes=size_bytes)
-        self.stats.tokens["cached"] += delivered.cached_tokens
-        self.stats.tokens["completion"] += delivered.completion_tokens
-        self.stats.duration_s.observe(self.clock.now() - run.admitted_at)

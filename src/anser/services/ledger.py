@@ -50,7 +50,10 @@ from anser.core.ledger import Receipt, batch_message
 from anser.ports import Clock, ReceiptStore, SignedBatch, Signer, UsageRow
 from anser.services.receipt_file import canonical, document_of, leaf_of, verify
 
-__all__ = ["Ledger", "verify"]
+__all__ = ["Ledger", "Told", "late", "verify"]
+
+Told = Callable[[AnserError | None], None]
+"""Called once: with None when a receipt is durable, else with what keeps it from being so."""
 
 _RETRY_S = 1.0
 _log = structlog.get_logger("anser.ledger")
@@ -58,11 +61,11 @@ _log = structlog.get_logger("anser.ledger")
 
 @dataclass(slots=True, kw_only=True)
 class _Pending:
-    """A receipt that waits for its commit, and all who wait for it."""
+    """A receipt that waits for its commit, and all who are to be told of it."""
 
     receipt: Receipt
     leaf: bytes
-    waiters: list[asyncio.Future[None]] = field(default_factory=list["asyncio.Future[None]"])
+    told: list[Told] = field(default_factory=list["Told"])
 
 
 class Ledger:
@@ -124,13 +127,25 @@ class Ledger:
         another receipt of this request exists, Overloaded and ShuttingDown if it is not accepted.
         """
         waiter = asyncio.get_running_loop().create_future()
-        self._accept(receipt).waiters.append(waiter)
+
+        def told(error: AnserError | None) -> None:
+            if not waiter.done():  # else it has waited long enough
+                waiter.set_exception(error) if error else waiter.set_result(None)
+
+        self.tell(receipt, told)
         try:
             async with asyncio.timeout(limits.RECORD_TIMEOUT_S):
                 await waiter
         except TimeoutError:
-            message = f"The receipt was not durable within {limits.RECORD_TIMEOUT_S:g} s."
-            raise StoreError(message) from None
+            raise late() from None
+
+    def tell(self, receipt: Receipt, told: Told) -> None:
+        """Store the receipt, and tell when it is durable; never before this has returned.
+
+        Raises Conflict, Overloaded and ShuttingDown as `record` does. How long that may take is for
+        the caller to say (`late`).
+        """
+        self._accept(receipt).told.append(told)
 
     def enqueue(self, receipt: Receipt) -> None:
         """Store the receipt soon; for a client that has left. A loss is logged, never raised."""
@@ -270,8 +285,7 @@ class Ledger:
         for entry in entries:
             for listener in self._listeners:
                 listener(entry.receipt)
-        for waiter in _waiters(entries):
-            waiter.set_result(None)
+        _tell(entries, lambda: None)
 
     def _fail(self, entries: Sequence[_Pending], error: StoreError | Conflict) -> None:
         """Tell all who wait; what the store may take later is kept."""
@@ -281,8 +295,7 @@ class Ledger:
                 self._kept.setdefault(entry.receipt.request, entry)
             else:
                 _lost(entry.receipt, error.code)
-        for waiter in _waiters(entries):
-            waiter.set_exception(type(error)(error.message))
+        _tell(entries, lambda: type(error)(error.message))
 
     def _sign(self, entries: Sequence[_Pending]) -> SignedBatch:
         leaves = tuple(entry.leaf for entry in entries)
@@ -304,9 +317,8 @@ class Ledger:
         self._pending, self._writing, self._kept, self._signed = {}, [], {}, None
         for entry in left:
             _lost(entry.receipt, ShuttingDown.code)
-        for waiter in _waiters(left):
-            message = "The platform stopped before the receipt was known to be stored."
-            waiter.set_exception(StoreError(message))
+        message = "The platform stopped before the receipt was known to be stored."
+        _tell(left, lambda: StoreError(message))
         self._running = False
         self._ended.set()
 
@@ -315,6 +327,14 @@ def _lost(receipt: Receipt, code: str) -> None:
     _log.error("receipt lost", request=receipt.request, code=code)
 
 
-def _waiters(entries: Sequence[_Pending]) -> list[asyncio.Future[None]]:
-    """All who still wait for these."""
-    return [waiter for entry in entries for waiter in entry.waiters if not waiter.done()]
+def _tell(entries: Sequence[_Pending], what: Callable[[], AnserError | None]) -> None:
+    """Tell all who wait for these, once."""
+    for entry in entries:
+        waiting, entry.told = entry.told, []
+        for told in waiting:
+            told(what())
+
+
+def late() -> StoreError:
+    """What is said where a receipt was not durable within RECORD_TIMEOUT_S."""
+    return StoreError(f"The receipt was not durable within {limits.RECORD_TIMEOUT_S:g} s.")

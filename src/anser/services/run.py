@@ -173,15 +173,23 @@ class Run:
         """
         while not self.ready.done():
             now = clock.now()
-            left_s = self.patience.left_s(now, starting=starting())
-            left_s = min(left_s, self.left_s(now))
+            left_s = self.waits_s(now, starting=starting())
             if left_s <= 0:
-                raise self._out_of_patience(now, come_back_s(wait_s()))
+                raise self.out_of_patience(now, come_back_s(wait_s()))
             await asyncio.wait({self.ready}, timeout=left_s)
+        return self.taken()
+
+    def waits_s(self, now: float, *, starting: bool) -> float:
+        """Seconds until it is to be asked again whether it waits on; 0.0 or less: no longer."""
+        return min(self.patience.left_s(now, starting=starting), self.left_s(now))
+
+    def taken(self) -> Lease:
+        """The lease that `ready` has. Raises what it was refused for."""
         self.patience.starting = False  # a retry goes on with the time that is left
         return self.ready.result()
 
-    def _out_of_patience(self, now: float, retry_after_s: float) -> AnserError:
+    def out_of_patience(self, now: float, retry_after_s: float) -> AnserError:
+        """What it fails of when it has waited too long."""
         if self.left_s(now) <= 0:
             message = "No slot became free by the request's deadline."
             return DeadlineUnreachable(message, retry_after_s=retry_after_s)

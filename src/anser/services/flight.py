@@ -1,0 +1,496 @@
+"""One answer on its way: from the queue through engine after engine to its receipt, by calls alone.
+
+Theory of operation. A flight has no task. The scheduler gives it a slot, an engine tells it of each
+chunk, one timer tells it that it is late, the ledger tells it that its receipt is durable; each of
+these calls moves it from state to state, and it tells its reader what has come:
+
+    QUEUED -> OPENING -> RELAYING -> STOPPING -> SETTLING -> ENDED
+       ^---------+-----------+  (its node has failed)
+
+Until its first token a node's failure is not seen by the client: it waits again, at the front.
+Later, another node goes on from what the client has (`seam`), or the answer ends in an error. The
+chunk that ends it is held back until the receipt is durable, so whoever has seen an end finds its
+receipt. A client that leaves stops the engine first; then the slot is free.
+
+Invariants: an admitted request leaves exactly one receipt; its slot is given back only after its
+engine has stopped; its reader hears nothing before `Gateway.start` has returned, nothing after
+`ended` or `failed`, and nothing once it has left.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import Enum
+from typing import Protocol
+
+from anser.core.errors import AnserError, EngineBroken, EngineError, EngineRefused, EngineStalled
+from anser.core.events import Lease, Progressed
+from anser.core.ledger import Outcome, Usage
+from anser.core.limits import RECORD_TIMEOUT_S, STREAM_BUFFER_MAX
+from anser.ports import Stream
+from anser.services.attempts import Attempts
+from anser.services.bugs import bug
+from anser.services.chunks import Ending, Piece
+from anser.services.ledger import Ledger, late
+from anser.services.pump import open_stream
+from anser.services.run import Patience, Run, come_back_s
+from anser.services.seam import without_role
+from anser.services.settlement import Settlement
+
+__all__ = ["Crew", "Flight", "Reader"]
+
+_COALESCE_S = 0.1  # SCHEDULER rule 4: output is charged per token, told at most this often
+_OVERRUN_SLACK = 1  # the rest of the last token may come in a chunk of its own
+
+
+class Reader(Protocol):
+    """Who an answer is for, told of it as it comes."""
+
+    def began(self) -> None:
+        """The first piece comes next; the flight's `node`, `lease` and `limits` are known."""
+        ...
+
+    def piece(self, piece: Piece) -> None:
+        """The next piece. Raises AnserError where it is none that can be passed on."""
+        ...
+
+    def ended(self) -> None:
+        """That was all, and the receipt is durable."""
+        ...
+
+    def failed(self, error: AnserError) -> None:
+        """There is no answer, or no more of it; the receipt says why."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Crew:
+    """What all flights of a gateway have in common."""
+
+    attempts: Attempts
+    settlement: Settlement
+    ledger: Ledger
+
+
+class _State(Enum):
+    QUEUED = "queued"
+    OPENING = "opening"  # its engine has been asked, and gives no token yet
+    RELAYING = "relaying"
+    STOPPING = "stopping"  # until its engine works on it no more
+    SETTLING = "settling"  # until its receipt is durable
+    ENDED = "ended"
+
+
+_ENGINES_TURN = (_State.OPENING, _State.RELAYING)
+
+
+class Flight:
+    """One admitted request under way; `leave` it once nobody reads any more."""
+
+    __slots__ = (
+        "_alarm",
+        "_clock",
+        "_crew",
+        "_due",
+        "_ending",
+        "_failure",
+        "_gone",
+        "_left",
+        "_loop",
+        "_opening",
+        "_paused_at",
+        "_reader",
+        "_run",
+        "_state",
+        "_stream",
+        "lease",
+        "node",
+    )
+
+    def __init__(self, crew: Crew, run: Run, reader: Reader) -> None:
+        self.node = self.lease = ""  # of the first lease that answered
+        self._crew = crew
+        self._run = run
+        self._reader = reader
+        self._loop = asyncio.get_running_loop()
+        self._clock = crew.attempts.dispatch.clock
+        self._state = _State.QUEUED
+        self._stream: Stream | None = None
+        self._opening: list[tuple[Piece, int]] = []
+        self._ending = Ending(run.demand.output_tokens_max)
+        self._failure: AnserError | None = None
+        self._left = False
+        self._gone: asyncio.Future[None] | None = None
+        self._alarm: asyncio.TimerHandle | None = None
+        self._due = 0.0
+        self._paused_at: float | None = None
+
+    def __repr__(self) -> str:
+        return f"<Flight {self._run.demand.id} {self._state.value} left={self._left}>"
+
+    @property
+    def over(self) -> bool:
+        """Whether nothing comes after."""
+        return self._state is _State.ENDED
+
+    @property
+    def usage(self) -> Usage:
+        """What the answer has cost so far."""
+        return self._run.whole(self._run.settled())
+
+    @property
+    def limits(self) -> dict[str, str]:
+        """The x-ratelimit headers of its member."""
+        return self._run.reservation.headers()
+
+    def begin(self) -> None:
+        """Take the slot that it has been given, or wait for one."""
+        self._state = _State.QUEUED
+        ready = self._run.ready
+        if ready.done():
+            self._take_lease()
+        else:
+            ready.add_done_callback(self._is_ready)
+            self._wait_on()
+
+    def pause(self) -> None:
+        """Its reader cannot take more now; the time that it takes is nobody's silence."""
+        if self._paused_at is None:
+            self._paused_at = self._loop.time()
+            if self._stream is not None:
+                self._stream.pause()
+
+    def resume(self) -> None:
+        """Its reader can take more."""
+        if self._paused_at is not None:
+            self._due += self._loop.time() - self._paused_at
+            self._paused_at = None
+            if self._stream is not None:
+                self._stream.resume()
+
+    def leave(self) -> None:
+        """Its reader has left: stop the engine, free the slot, leave the receipt. Idempotent."""
+        if self._left or self._state is _State.ENDED:
+            return
+        self._left = True
+        if self._state is _State.QUEUED:
+            self._cancel()
+        elif self._state in _ENGINES_TURN:
+            self._stop(self._cancel)
+
+    def spoil(self, error: AnserError) -> None:
+        """What has come cannot be passed on: it fails, and its node has done so."""
+        if self._state in _ENGINES_TURN:
+            self._fail(error)
+
+    async def gone(self) -> None:
+        """Return when it has ended."""
+        if self._state is not _State.ENDED:
+            self._gone = self._gone or self._loop.create_future()
+            await asyncio.shield(self._gone)
+
+    # The queue
+
+    def _is_ready(self, ready: asyncio.Future[Lease]) -> None:
+        if self._state is _State.QUEUED and ready is self._run.ready:
+            self._safely(self._take_lease)
+
+    def _wait_on(self) -> None:
+        """Wait as long as its patience and its deadline allow, and look again then."""
+        run, attempts, now = self._run, self._crew.attempts, self._clock.now()
+        left_s = run.waits_s(now, starting=attempts.starts(run.demand.model))
+        if left_s <= 0:
+            self._fail(run.out_of_patience(now, come_back_s(attempts.wait_s(run.demand))))
+        else:
+            self._arm(left_s)
+
+    def _take_lease(self) -> None:
+        run, attempts = self._run, self._crew.attempts
+        try:
+            lease = run.taken()
+        except AnserError as refused:
+            self._fail(refused)
+            return
+        attempts.leased(run)
+        self._state = _State.OPENING
+        self._opening.clear()
+        self._arm(attempts.first_token_s(run))
+        try:
+            engine, call = attempts.call(run, lease)
+        except EngineError as error:
+            self._not_opened(error)
+            return
+        self._stream = open_stream(engine, call, self)
+        if self._paused_at is not None:
+            self._stream.pause()
+
+    # The engine, whose Receiver it is
+
+    def chunk(self, data: bytes) -> None:
+        """A chunk has come."""
+        try:
+            piece, tokens = self._run.tally.read(data)
+            if self._state is _State.RELAYING:
+                self._relay(piece, tokens)
+            elif self._state is _State.OPENING:
+                self._open_with(piece, tokens)
+        except AnserError as error:
+            self.failed(error)
+        except Exception as error:  # noqa: BLE001 - as in _safely
+            self._break(error)
+
+    def ended(self) -> None:
+        """The engine has ended its stream."""
+        self._safely(self._end_stream)
+
+    def failed(self, error: AnserError) -> None:
+        """The engine has failed, or what it sent is no answer."""
+        self._safely(lambda: self._fail_stream(error))
+
+    def _end_stream(self) -> None:
+        if self._state is _State.OPENING:
+            self.failed(EngineBroken("The engine ended before its first token."))
+        elif self._ending.finished:
+            self._stop(self._settle)
+        else:
+            self.failed(EngineBroken("The engine ended its stream without a finish_reason."))
+
+    def _fail_stream(self, error: AnserError) -> None:
+        if self._state not in _ENGINES_TURN:
+            return
+        if not isinstance(error, EngineError):
+            self._fail(error)
+        elif self._state is _State.OPENING:
+            self._not_opened(error)
+        elif self._is_whole(error):
+            self._stop(self._settle)
+        else:
+            self._stop(lambda: self._go_on(error))
+
+    # Up to the first token
+
+    def _open_with(self, piece: Piece, tokens: int) -> None:
+        """Keep what comes before the first token: nothing of it has reached the client."""
+        self._opening.append((piece, tokens))
+        run = self._run
+        if not run.tally.tokens and run.tally.finish is None:
+            if len(self._opening) >= STREAM_BUFFER_MAX:
+                raise EngineBroken("The engine sent chunk after chunk without a token.")
+            return
+        run.began = True
+        self._state = _State.RELAYING
+        opening, self._opening = self._opening, []
+        self._arm(self._crew.attempts.settings.token_gap_timeout_s)
+        if run.before:
+            self._crew.attempts.stats.continued += 1
+            opening = [(own, count) for each, count in opening if (own := without_role(each))]
+        else:
+            assert run.lease is not None
+            self.node, self.lease = run.lease.node, run.lease.id
+            self._reader.began()
+        for each, count in opening:
+            if self._state is _State.RELAYING:
+                self._relay(each, count)
+
+    def _not_opened(self, error: EngineError) -> None:
+        if isinstance(error, EngineRefused) and not self._run.before:
+            self._fail(error)
+        else:
+            self._stop(lambda: self._try_again(error))
+
+    def _try_again(self, error: EngineError) -> None:
+        self._crew.attempts.failed(self._run, error)
+        self.begin()
+
+    # Piece by piece
+
+    def _relay(self, piece: Piece, tokens: int) -> None:
+        """Count it and pass it on, unless it belongs to the end."""
+        run = self._run
+        self._progress(tokens)
+        if tokens:
+            self._arm(self._crew.attempts.settings.token_gap_timeout_s)
+        total = run.before + run.tally.tokens
+        if self._is_too_long(total) or run.said.stops_in(piece):
+            run.tally.cut(run.delivered - run.before)
+            self._ending.cut(piece, "length" if run.blame else "stop")
+            self._stop(self._settle)
+        elif not self._ending.holds(piece, tokens, counted=total):
+            self._deliver(piece, tokens)
+
+    def _deliver(self, piece: Piece, tokens: int) -> None:
+        run = self._run
+        run.delivered += tokens
+        run.said.add(piece)
+        if tokens and run.first_token_ms is None:
+            run.first_token_ms = run.moment(self._crew.attempts.dispatch.wall_ms())
+            self._crew.attempts.stats.first_token_s.observe(self._clock.now() - run.admitted_at)
+        try:
+            self._reader.piece(piece)
+        except AnserError as error:
+            self._fail(error)
+
+    def _progress(self, tokens: int) -> None:
+        """Charge what was generated, told to the scheduler at most every 100 ms."""
+        run, attempts, now = self._run, self._crew.attempts, self._clock.now()
+        attempts.stats.produced(tokens, now)
+        untold = run.tally.tokens - run.told
+        if untold and now - run.told_at >= _COALESCE_S and run.lease is not None:
+            run.told, run.told_at = run.tally.tokens, now
+            attempts.dispatch.tell(Progressed(lease=run.lease.id, tokens=untold))
+
+    def _is_too_long(self, tokens: int) -> bool:
+        """Whether its engine has gone past the longest answer asked for."""
+        run = self._run
+        if tokens <= run.demand.output_tokens_max + _OVERRUN_SLACK:
+            return False
+        run.blame = EngineBroken("The engine went past the longest answer asked for.")
+        return True
+
+    # A node that dies
+
+    def _is_whole(self, error: EngineError) -> bool:
+        """Whether its node has died when nothing of the answer was missing but the usage."""
+        run, ending = self._run, self._ending
+        full = run.delivered >= run.demand.output_tokens_max
+        if not ending.finished and full and run.said.last is not None:
+            run.tally.cut(run.delivered - run.before)
+            ending.cut(run.said.last)
+        if ending.finished:
+            run.blame = error
+        return ending.finished
+
+    def _go_on(self, error: EngineError) -> None:
+        """Let another node go on from what the client has, where one can."""
+        run, settings = self._run, self._crew.attempts.settings
+        if isinstance(error, EngineRefused) or not settings.continue_answers or not run.said.open:
+            self._fail(error)
+            return
+        delivered = run.delivered - run.before
+        run.go_on(Patience(self._clock.now(), settings.queue_timeout_s))
+        self._ending = Ending(run.demand.output_tokens_max)
+        self._crew.attempts.failed(run, error, delivered=delivered)
+        self.begin()
+
+    # The end
+
+    def _stop(self, then: Callable[[], None]) -> None:
+        """Stop its engine; `then` is next, unless the client has left meanwhile."""
+        self._state = _State.STOPPING
+        self._disarm()
+        stream, self._stream = self._stream, None
+        if stream is None:
+            self._stopped(then)
+        else:
+            stream.abort(lambda: self._stopped(then))
+
+    def _stopped(self, then: Callable[[], None]) -> None:
+        self._safely(self._cancel if self._left else then)
+
+    def _cancel(self) -> None:
+        """The client has left and the engine has stopped: free all, and leave the receipt."""
+        crew = self._crew
+        crew.ledger.enqueue(crew.settlement.close(self._run, Outcome.CANCELLED, None))
+        self._end()
+
+    def _fail(self, error: AnserError) -> None:
+        """End it as failed. Its client is told of `error`, not of what the store may say then."""
+        self._failure = error
+        self._stop(self._settle)
+
+    def _settle(self) -> None:
+        """Free the slot, settle the limits, and wait until the receipt is durable."""
+        outcome = Outcome.FINISHED if self._failure is None else Outcome.FAILED
+        receipt = self._crew.settlement.close(self._run, outcome, self._failure)
+        self._state = _State.SETTLING
+        self._arm(RECORD_TIMEOUT_S)
+        try:
+            self._crew.ledger.tell(receipt, self._recorded)
+        except AnserError as error:
+            self._loop.call_soon(self._recorded, error)
+
+    def _recorded(self, error: AnserError | None) -> None:
+        if self._state is not _State.SETTLING:
+            return
+        self._end()
+        if self._left:
+            return
+        failure = self._failure or error
+        if failure is None:
+            self._safely(self._tell_end)
+        else:
+            self._safely(lambda: self._reader.failed(failure))
+
+    def _tell_end(self) -> None:
+        """The pieces that were held back, and that they were the last."""
+        for piece in self._ending.pieces:
+            if piece.usage is not None:
+                piece.usage = self.usage
+            try:
+                self._reader.piece(piece)
+            except AnserError as error:
+                self._reader.failed(error)
+                return
+        self._reader.ended()
+
+    def _end(self) -> None:
+        self._state = _State.ENDED
+        self._disarm()
+        if self._gone is not None and not self._gone.done():
+            self._gone.set_result(None)
+
+    # What nobody expects
+
+    def _safely(self, step: Callable[[], None]) -> None:
+        """Whoever calls serves others, too: what goes wrong is this request's alone."""
+        try:
+            step()
+        except Exception as error:  # noqa: BLE001 - whatever it is
+            self._break(error)
+
+    def _break(self, error: Exception) -> None:
+        known = bug(error, request=self._run.demand.id)
+        if self._failure is None and self._state not in (_State.SETTLING, _State.ENDED):
+            self._fail(known)
+        elif self._state is not _State.ENDED:
+            self._end()
+            self._reader.failed(known)
+
+    # Time: one timer, moved only when it must be earlier
+
+    def _arm(self, seconds: float) -> None:
+        self._due = self._loop.time() + seconds
+        if self._alarm is not None and self._alarm.when() > self._due:
+            self._disarm()
+        if self._alarm is None:
+            self._alarm = self._loop.call_at(self._due, self._ring)
+
+    def _disarm(self) -> None:
+        if self._alarm is not None:
+            self._alarm.cancel()
+            self._alarm = None
+
+    def _ring(self) -> None:
+        self._alarm = None
+        now, due = self._loop.time(), self._due
+        if self._paused_at is not None and self._state in _ENGINES_TURN:
+            due += now - self._paused_at
+        if now < due:
+            self._alarm = self._loop.call_at(due, self._ring)
+        else:
+            self._safely(self._be_late)
+
+    def _be_late(self) -> None:
+        attempts = self._crew.attempts
+        if self._state is _State.QUEUED:
+            self._wait_on()
+        elif self._state is _State.RELAYING:
+            self.failed(EngineStalled("The engine went silent in mid-answer."))
+        elif self._state is _State.SETTLING:
+            self._recorded(late())
+        elif (too_late := attempts.too_late(self._run)) is not None:
+            self._fail(too_late)
+        else:
+            self._not_opened(EngineStalled("The engine gave no first token in time."))
