@@ -14,7 +14,7 @@ from anser.api.merge import Part
 from anser.api.rewrite import Rewriter
 from anser.core.errors import EngineBroken
 from anser.ports import Route
-from anser.services.gateway import Piece
+from anser.services.chunks import Piece
 from tests.pool import demand
 
 HEAD: dict[str, object] = {

@@ -97,8 +97,9 @@ class Answer:
             self._check()
             if self._over:
                 return
-            self.flight.resume()
-            await self._wait()
+            self.flight.resume()  # which may bring the next one at once
+            if not self._kept:
+                await self._wait()
 
     async def leave(self, error: AnserError | None = None) -> None:
         """Read no more, because of this error, if any; idempotent.

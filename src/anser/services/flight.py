@@ -20,6 +20,7 @@ engine has stopped; its reader hears nothing before `Gateway.start` has returned
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
@@ -118,7 +119,7 @@ class Flight:
         self._clock = crew.attempts.dispatch.clock
         self._state = _State.QUEUED
         self._stream: Stream | None = None
-        self._opening: list[tuple[Piece, int]] = []
+        self._opening: deque[tuple[Piece, int]] = deque()
         self._ending = Ending(run.demand.output_tokens_max)
         self._failure: AnserError | None = None
         self._left = False
@@ -164,11 +165,16 @@ class Flight:
 
     def resume(self) -> None:
         """Its reader can take more."""
-        if self._paused_at is not None:
-            self._due += self._loop.time() - self._paused_at
-            self._paused_at = None
-            if self._stream is not None:
-                self._stream.resume()
+        if self._paused_at is None:
+            return
+        self._due += self._loop.time() - self._paused_at
+        self._paused_at = None
+        self._safely(self._relay_opening)
+        if self._stream is not None and not self._is_paused():
+            self._stream.resume()
+
+    def _is_paused(self) -> bool:
+        return self._paused_at is not None
 
     def leave(self) -> None:
         """Its reader has left: stop the engine, free the slot, leave the receipt. Idempotent."""
@@ -281,18 +287,23 @@ class Flight:
             return
         run.began = True
         self._state = _State.RELAYING
-        opening, self._opening = self._opening, []
         self._arm(self._crew.attempts.settings.token_gap_timeout_s)
         if run.before:
             self._crew.attempts.stats.continued += 1
-            opening = [(own, count) for each, count in opening if (own := without_role(each))]
+            opening = [(without_role(each), count) for each, count in self._opening]
+            self._opening = deque((each, count) for each, count in opening if each is not None)
         else:
             assert run.lease is not None
             self.node, self.lease = run.lease.node, run.lease.id
             self._reader.began()
-        for each, count in opening:
-            if self._state is _State.RELAYING:
-                self._relay(each, count)
+        self._relay_opening()
+
+    def _relay_opening(self) -> None:
+        try:
+            while self._opening and self._state is _State.RELAYING and self._paused_at is None:
+                self._relay(*self._opening.popleft())
+        except EngineError as error:
+            self.failed(error)
 
     def _not_opened(self, error: EngineError) -> None:
         if isinstance(error, EngineRefused) and not self._run.before:
