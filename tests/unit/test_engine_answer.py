@@ -208,6 +208,15 @@ async def test_usage_apart_is_told_before_the_end() -> None:
     assert told.told == ["chunk", "chunk", "chunk", "ended"]
 
 
+async def test_a_last_event_without_its_blank_line() -> None:
+    """It is taken when the body ends, and must be as sound as any."""
+    for last, told_last in [(DONE, "ended"), (word(2), "failed"), (b"broken", "failed")]:
+        answer, told = answering()
+        answer.data(packet(word(1)) + b"data: " + last)
+        answer.complete()
+        assert told.told == ["chunk"] * (2 if last == word(2) else 1) + [told_last]
+
+
 # What is no stream
 
 

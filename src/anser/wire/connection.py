@@ -384,8 +384,6 @@ class Connection(asyncio.Protocol):
 
     def eof_received(self) -> None:
         """Called by the event loop; the transport then closes itself."""
-        if self.state is State.IDLE:
-            self.cut()  # so that nobody asks on it
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Called by the event loop."""
