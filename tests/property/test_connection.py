@@ -71,9 +71,6 @@ class _Keeper:
     def __init__(self) -> None:
         self.turns: list[str] = []
 
-    def made(self, _: Connection) -> None:
-        self.turns.append("made")
-
     def lost(self, _: Connection) -> None:
         self.turns.append("lost")
 
@@ -150,7 +147,7 @@ def test_a_connection_serves_one_answer_after_the_other(
             assert (heard.status, heard.body, heard.end) == (status, body, "complete")
             assert connection.state is State.IDLE
         assert wire.asked == len(answers)
-        assert keeper.turns == ["made"] + ["idle"] * len(answers)
+        assert keeper.turns == ["idle"] * len(answers)
         connection.cut()
 
     asyncio.run(run())

@@ -83,10 +83,6 @@ class Listener(Protocol):
 class Keeper(Protocol):
     """Who keeps connections, and is told of their turns."""
 
-    def made(self, connection: Connection) -> None:
-        """It is open."""
-        ...
-
     def lost(self, connection: Connection) -> None:
         """It is gone."""
         ...
@@ -317,8 +313,6 @@ class Connection(asyncio.Protocol):
         self._transport = cast("asyncio.Transport", transport)  # uvloop's is no subclass
         if self.state is State.CLOSED:
             self._transport.abort()  # given up while it was dialled
-        else:
-            self._keeper.made(self)
 
     def data_received(self, data: bytes) -> None:
         """Called by the event loop."""

@@ -155,6 +155,7 @@ class Upstream:
             return
         del self._dials[question]
         if connection.state is State.IDLE:
+            self._open.add(connection)
             connection.ask(question)
         else:
             message = "The engine closed the connection, or spoke before it was asked."
@@ -183,10 +184,6 @@ class Upstream:
         return connection
 
     # Told by connections
-
-    def made(self, connection: Connection) -> None:
-        """A connection is open."""
-        self._open.add(connection)
 
     def lost(self, connection: Connection) -> None:
         """A connection is gone."""
