@@ -126,6 +126,23 @@ async def test_embeddings_come_through_as_they_were_sent() -> None:
             assert type(caught.value) is kind
 
 
+async def test_embeddings_that_are_refused() -> None:
+    """An error's status means for embeddings what it means for answers."""
+    body = error_body("too many inputs", param="input")
+    busy = b"HTTP/1.1 503 Busy\r\nRetry-After: 7\r\nContent-Length: 0\r\n\r\n"
+    endless = b"HTTP/1.1 500 X\r\nTransfer-Encoding: chunked\r\n\r\n" + chunked(b"x" * 65_537)
+    for said, kind, words, after_s in [
+        (answer(body, status="400 Bad"), EngineRefused, "too many inputs", None),
+        (busy, EngineUnreachable, "busy", 7.0),
+        (endless, EngineBroken, "status 500", None),
+    ]:
+        async with engine_for(saying(said, stay=True)) as (_, engine):
+            with pytest.raises(EngineError, match=words) as caught:
+                await engine.embed(EMBED)
+            assert type(caught.value) is kind
+            assert caught.value.retry_after_s == after_s
+
+
 # What it serves
 
 

@@ -137,3 +137,30 @@ async def test_what_does_not_speak_tls(tmp_path: Path) -> None:
         assert "does not speak TLS" in await refused(hostile.url.replace("http:", "https:"))
     async with serving(certificate(tmp_path)) as hostile:
         assert await refused(hostile.url.replace("https:", "http:"))
+
+
+async def test_an_engine_that_speaks_with_the_end_of_the_handshake(tmp_path: Path) -> None:
+    """What comes before anything was asked is no answer: the connection is not used."""
+    file = certificate(tmp_path)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.maximum_version = ssl.TLSVersion.TLSv1_2  # in which the server has the last word
+    context.load_cert_chain(file)
+
+    async def eager(talk: Talk) -> None:
+        incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+        tls = context.wrap_bio(incoming, outgoing, server_side=True)
+        shaken = False
+        while not shaken:
+            try:
+                tls.do_handshake()
+                shaken = True
+            except ssl.SSLWantReadError:
+                await talk.say(outgoing.read())
+                incoming.write(await talk.reader.read(65_536))
+        tls.write(stream("forged"))
+        await talk.say(outgoing.read())
+        await talk.gone()
+
+    async with Hostile(eager) as hostile:
+        url = hostile.url.replace("http:", "https:")
+        assert "spoke before" in await refused(f"{url}#sha256={fingerprint(file)}")

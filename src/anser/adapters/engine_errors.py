@@ -18,7 +18,6 @@ from anser.core.errors import (
     EngineUnreachable,
 )
 from anser.core.limits import ENGINE_MESSAGE_CHARS_MAX
-from anser.wire.upstream import Response
 
 __all__ = ["broken_json", "error_in", "error_of", "error_of_status"]
 
@@ -50,15 +49,11 @@ def broken_json(what: str) -> EngineBroken:
     return EngineBroken(f"The engine sent {what} not as the OpenAI API has it.")
 
 
-async def error_of(response: Response, key: str | None, limit: int) -> EngineError:
-    """What an answer with an error status means; at most `limit` bytes of it are read."""
-    try:
-        data = await response.read(limit)
-    except EngineError:
-        data = b""  # the status alone must do
-    error = error_of_status(response.status, data, key)
-    if response.status in _BUSY:
-        error.retry_after_s = _seconds(response.header(b"retry-after"))
+def error_of(status: int, retry_after: bytes, data: bytes, key: str | None) -> EngineError:
+    """What an answer with this error status and body means, and when to come back."""
+    error = error_of_status(status, data, key)
+    if status in _BUSY:
+        error.retry_after_s = _seconds(retry_after)
     return error
 
 

@@ -1,66 +1,50 @@
 """A listed provider: any engine that speaks the OpenAI API over HTTP, behind the Engine port.
 
 Theory of operation. Each call is one POST to the node's own URL with the body that the gateway
-made and the node's own key; nothing of the client's request reaches the engine but that body. The
-answer's events are checked, one JSON object each, and passed on as they came. An answer has ended
-well when [DONE] came, or, because some engines leave it out, when both a finish reason and the
-usage have been seen; anything else that stops is the node's failure. One chunk is changed: where
-an engine reports the usage with the finish, it is told in a chunk of its own after it. Leaving the
-stream closes the connection, which every engine takes as the order to stop.
+made and the node's own key; nothing of the client's request reaches the engine but that body. What
+comes back is an `Answer`, which tells its receiver of the chunks; `generate` is a queue behind it.
+Leaving the stream closes the connection, which every engine takes as the order to stop.
 
 Whose fault an error is: 400, 413, 422 and the like are the request's own (EngineRefused). A key
 that is refused, a model or route that is gone, too many requests, redirects and every 5xx are the
 node's condition, and another node may do better (EngineUnreachable, EngineBroken).
 
-Invariants: the key appears in no message; at most one chunk's limit of bytes is held per stream.
+Invariants: the key appears in no message.
 """
 
 from __future__ import annotations
 
+import asyncio
 import os
 import stat
-from collections import deque
-from collections.abc import AsyncIterator
-from contextlib import AbstractAsyncContextManager
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import msgspec
 
+from anser.adapters.engine_answer import ERROR_BYTES_MAX, Answer, Chunks
 from anser.adapters.engine_detect import inspect
 from anser.adapters.engine_errors import broken_json, error_in, error_of, error_of_status
-from anser.core.errors import EngineBroken, EngineError, InvalidField
+from anser.core.errors import EngineBroken, EngineDeclined, EngineError, InvalidField
 from anser.core.fleet import EngineKind, EngineReport, Node, parse_endpoint
 from anser.core.limits import ENGINE_JSON_BYTES_MAX
-from anser.ports import Call, Route
-from anser.wire.sse import SseDecoder
+from anser.ports import Call, Receiver, Route, Starter
 from anser.wire.upstream import Bounds, Origin, Response, Upstream
 
 __all__ = ["HttpEngine", "read_key"]
 
-_ERROR_BYTES_MAX = 64 * 1024
 _LIST_BYTES_MAX = 4 * 1024 * 1024
 _KEY_BYTES_MAX = 4_096
 _NO_LIST = {404, 405, 501}
-
-
-class _Choice(msgspec.Struct):
-    finish_reason: str | None = None
-
-
-class _Chunk(msgspec.Struct):
-    choices: list[_Choice] | None = None
-    usage: Any = None
-    error: Any = None
-    object: str | None = None
 
 
 class _Embeddings(msgspec.Struct):
     data: list[msgspec.Raw]
 
 
-_CHUNK = msgspec.json.Decoder(_Chunk)
 _EMBEDDINGS = msgspec.json.Decoder(_Embeddings)
 
 
@@ -83,7 +67,7 @@ def read_key(path: Path) -> str:
     return key.decode("ascii")
 
 
-class HttpEngine:
+class HttpEngine(Starter):
     """The engine behind one node's URL. `key` is read from the node's key file unless given."""
 
     def __init__(self, node: Node, key: str | None = None, *, bounds: Bounds | None = None) -> None:
@@ -94,6 +78,7 @@ class HttpEngine:
         self._upstream = Upstream(origin, bounds=bounds)
         self._key = key
         self._key_file = None if key is not None or not node.key_file else Path(node.key_file)
+        self._heads: dict[Route, tuple[str | None, bytes]] = {}
         self._kind: EngineKind | None = None
         self._model = node.model
 
@@ -119,13 +104,42 @@ class HttpEngine:
         self._kind = report.kind
         return report
 
-    def generate(self, call: Call) -> AbstractAsyncContextManager[AsyncIterator[bytes]]:
-        """Open one answer: see the port. Raises EngineUnreachable, EngineBroken, EngineRefused."""
-        return _Answer(self, call)
+    def start(self, call: Call, receiver: Receiver) -> Answer:
+        """Open one answer: see the port."""
+        assert call.route is not Route.EMBEDDINGS, call.route
+        try:
+            self._learn_key()
+        except InvalidField as error:
+            answer = Answer(receiver, None)
+            declined = EngineDeclined("The node's key cannot be read from its key file.")
+            declined.__cause__ = error
+            asyncio.get_running_loop().call_soon(answer.failed, declined)
+            return answer
+        answer = Answer(receiver, self._key)
+        body = msgspec.json.encode(call.body)
+        answer.question = self._upstream.ask(self._head(call.route), body, answer)
+        return answer
+
+    @asynccontextmanager
+    async def generate(self, call: Call) -> AsyncGenerator[AsyncIterator[bytes]]:
+        """Open one answer: see the port. Raises InvalidField for its key, too."""
+        self._learn_key()
+        with Chunks() as chunks:
+            chunks.follow(self.start(call, chunks))
+            yield chunks
 
     async def embed(self, call: Call) -> bytes:
         """The OpenAI embeddings answer as JSON. Raises as `generate` does."""
-        with await self.post(call, accept="application/json") as response:
+        self._learn_key()
+        sending = self._upstream.send(
+            "POST",
+            self._endpoint.path(call.route.value),
+            headers=[("content-type", "application/json"), *self._headers("application/json")],
+            body=msgspec.json.encode(call.body),
+        )
+        with await sending as response:
+            if response.status != 200:
+                raise await self._error(response)
             data = await self._whole(response, ENGINE_JSON_BYTES_MAX)
         try:
             _EMBEDDINGS.decode(data)
@@ -137,25 +151,29 @@ class HttpEngine:
         """Cut all connections; idempotent."""
         await self._upstream.aclose()
 
-    async def post(self, call: Call, *, accept: str) -> Response:
-        """Ask; returns once a 200 has come. Raises what any other status means."""
+    def _learn_key(self) -> None:
+        """Read the key unless it is known. Raises InvalidField."""
         if self._key is None and self._key_file is not None:
             self._key = read_key(self._key_file)
-        response = await self._upstream.send(
-            "POST",
-            self._endpoint.path(call.route.value),
-            headers=[("content-type", "application/json"), *self._headers(accept)],
-            body=msgspec.json.encode(call.body),
-        )
-        if response.status == 200:
-            return response
-        with response:
-            raise await error_of(response, self._key, _ERROR_BYTES_MAX)
 
-    @property
-    def key(self) -> str | None:
-        """The node's own key, to be kept out of messages."""
-        return self._key
+    def _head(self, route: Route) -> bytes:
+        """All of a stream's question but its body; it is put together once for a route and key."""
+        known = self._heads.get(route)
+        if known is not None and known[0] == self._key:
+            return known[1]
+        path = self._endpoint.path(route.value)
+        headers = [("content-type", "application/json"), *self._headers("text/event-stream")]
+        head = self._upstream.start_of("POST", path, headers)
+        self._heads[route] = self._key, head
+        return head
+
+    async def _error(self, response: Response) -> EngineError:
+        """What any status but 200 means; so much of its body is read as may tell."""
+        try:
+            data = await response.read(ERROR_BYTES_MAX)
+        except EngineError:
+            data = b""  # the status alone must do
+        return error_of(response.status, response.header(b"retry-after"), data, self._key)
 
     def _headers(self, accept: str) -> list[tuple[str, str]]:
         headers = [("accept", accept)]
@@ -207,117 +225,3 @@ def _json(data: bytes) -> object:
         return msgspec.json.decode(data)
     except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError):
         return None
-
-
-class _Answer(AbstractAsyncContextManager[AsyncIterator[bytes], None]):
-    """One stream: its context, and the iterator over its chunks."""
-
-    def __init__(self, engine: HttpEngine, call: Call) -> None:
-        assert call.route is not Route.EMBEDDINGS, call.route
-        self._engine = engine
-        self._call = call
-        self._response: Response | None = None
-        self._decoder = SseDecoder()
-        self._chunks: deque[bytes] = deque()
-        self._error: EngineError | None = None
-        self._finished = False  # a finish reason has been seen
-        self._used = False  # the usage has been seen
-        self._usage: bytes | None = None  # it came with the finish, and is told after it
-        self._ended = False
-
-    def __repr__(self) -> str:
-        seen = f"finished={self._finished} used={self._used} ended={self._ended}"
-        return f"<_Answer waiting={len(self._chunks)} {seen} {self._decoder!r}>"
-
-    async def __aenter__(self) -> AsyncIterator[bytes]:
-        response = await self._engine.post(self._call, accept="text/event-stream")
-        kind = response.header(b"content-type").partition(b";")[0].strip().lower()
-        if kind != b"text/event-stream":
-            with response:
-                raise await self._no_stream(response, kind)
-        self._response = response
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        if self._response is not None:
-            self._response.close()
-
-    def __aiter__(self) -> AsyncIterator[bytes]:
-        return self
-
-    async def __anext__(self) -> bytes:
-        while not self._chunks:
-            if self._error is not None:
-                raise self._error
-            if self._ended:
-                raise StopAsyncIteration
-            await self._more()
-        return self._chunks.popleft()
-
-    async def _more(self) -> None:
-        assert self._response is not None, "iterated outside its context"
-        try:
-            data = await anext(self._response, b"")
-            payloads = self._decoder.feed(data) if data else self._decoder.close()
-            for payload in payloads:
-                self._take(payload)
-            if not data and not self._ended:
-                raise EngineBroken("The engine's stream ended before its answer did.")
-        except EngineError as error:
-            self._stop(error)
-
-    def _stop(self, error: EngineError) -> None:
-        """The stream is over; that is no failure if nothing of the answer is missing."""
-        assert self._response is not None
-        self._response.close()
-        if self._finished and self._used:
-            self._end()
-        else:
-            self._error = error
-
-    def _end(self) -> None:
-        self._ended = True
-        if self._usage is not None:
-            self._chunks.append(self._usage)
-
-    def _take(self, payload: bytes) -> None:
-        if self._ended:
-            return  # whatever comes after its end is none of it
-        if payload == b"[DONE]":
-            assert self._response is not None
-            self._response.finish()
-            self._end()
-            return
-        chunk = _decode(payload)
-        if chunk.error is not None or chunk.object == "error":
-            raise error_in(payload, self._engine.key) or broken_json("an error")
-        finishes = any(choice.finish_reason for choice in chunk.choices or ())
-        self._finished = self._finished or finishes
-        if chunk.usage is not None:
-            self._used, self._usage = True, None
-            if finishes:
-                payload, self._usage = _apart(payload)
-        self._chunks.append(payload.replace(b"\n", b" ") if b"\n" in payload else payload)
-
-    async def _no_stream(self, response: Response, kind: bytes) -> EngineError:
-        """What a 200 means that is no stream."""
-        data = await response.read(_ERROR_BYTES_MAX) if kind == b"application/json" else b""
-        said = error_in(data, self._engine.key)
-        return said or EngineBroken("The engine answered with something that is not a stream.")
-
-
-def _apart(payload: bytes) -> tuple[bytes, bytes]:
-    """A chunk that has a finish and the usage, as the two chunks that OpenAI makes of them."""
-    chunk = msgspec.json.decode(payload, type=dict[str, msgspec.Raw])
-    usage = chunk.pop("usage")
-    told = {**chunk, "choices": msgspec.Raw(b"[]"), "usage": usage}
-    return msgspec.json.encode(chunk), msgspec.json.encode(told)
-
-
-def _decode(payload: bytes) -> _Chunk:
-    try:
-        if not payload.isascii():
-            payload.decode()
-        return _CHUNK.decode(payload)
-    except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as error:
-        raise broken_json("a chunk") from error

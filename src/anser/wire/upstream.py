@@ -1,11 +1,13 @@
 """A pooled HTTP/1.1 client for upstreams that are not trusted to behave.
 
-Theory of operation. An `Upstream` holds the connections to one origin. `send` takes an idle
-connection or dials, writes the request and returns once the head of the answer is there; the body
-is then iterated as it comes. `finish` gives the connection back, `close` cuts it unless the answer
-was complete, so that an upstream sees at once that nobody listens any more. A request that meets
-a kept-alive connection which the upstream had already dropped is sent once more on a fresh one,
-but only if not one byte of an answer had come.
+Theory of operation. An `Upstream` holds the connections to one origin. `ask` takes an idle
+connection and writes the request at once, without a task; the listener is told of the answer by
+calls. Where no connection idles, a task dials first. `send` is the same for who would rather wait:
+it returns once the head of the answer is there; the body is then iterated as it comes. `finish`
+gives the connection back, `close` cuts it unless the answer was complete, so that an upstream sees
+at once that nobody listens any more. A request that meets a kept-alive connection which the
+upstream had already dropped is sent once more on a fresh one, but only if not one byte of an
+answer had come.
 
 What is not done, on purpose: no redirect is followed, no cookie kept, no protocol switched, no
 compression asked for or undone, and proxy settings in the environment are not honoured, because
@@ -30,11 +32,13 @@ from hashlib import sha256
 from hmac import compare_digest
 
 from anser.core.errors import EngineUnreachable
-from anser.wire.connection import Bounds, Connection, Response, State
+from anser.wire.connection import Bounds, Connection, Listener, Question, State
+from anser.wire.response import Response
 
 __all__ = ["Bounds", "Origin", "Response", "Upstream"]
 
 _CLOSED = "The connections to this engine were closed."
+_JOINED_BYTES_MAX = 64 * 1024  # a body up to this is copied behind its head, to be one write
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,16 +67,16 @@ class Upstream:
         self._tls = _tls_context(origin) if origin.scheme == "https" else None
         self._idle: deque[Connection] = deque()
         self._open: set[Connection] = set()
-        self._dialling = 0
+        self._dials: dict[Question, asyncio.Task[None]] = {}
         self._closed = False
 
     def __repr__(self) -> str:
-        counts = f"open={len(self._open)} idle={len(self._idle)} dialling={self._dialling}"
+        counts = f"open={len(self._open)} idle={len(self._idle)} dialling={len(self._dials)}"
         return f"<Upstream {self.origin.scheme}://{self.origin.authority} {counts}>"
 
     def validate(self) -> None:
         """Assert the invariants."""
-        assert len(self._open) + self._dialling <= self.bounds.connections_max, self
+        assert len(self._open) + len(self._dials) <= self.bounds.connections_max, self
         assert len(self._idle) <= self.bounds.idle_max, self
         assert set(self._idle) <= self._open, self
         assert all(connection.state is State.IDLE for connection in self._idle), self
@@ -88,25 +92,35 @@ class Upstream:
         """Ask, and wait for the head of the answer. Raises EngineUnreachable, EngineBroken,
         EngineStalled.
         """
-        data = _encode(method, path, self.origin.authority, headers, body)
+        start = self.start_of(method, path, headers)
+        response = Response(self.bounds.buffer_bytes)
+        bodiless = not body and method == "GET"
+        return await response.begun(self.ask(start, None if bodiless else body, response))
+
+    def start_of(self, method: str, path: str, headers: Iterable[tuple[str, str]] = ()) -> bytes:
+        """All of a request's head but the length of its body: worth keeping, to `ask` with it."""
+        return _start(method, path, self.origin.authority, tuple(headers))
+
+    def ask(self, start: bytes, body: bytes | None, listener: Listener) -> Question:
+        """Send a request, or one without a body. `listener` hears nothing before this returns."""
+        question = Question(self, _encode(start, body), listener)
         connection = self._take()
-        if connection is not None:
-            try:
-                return await connection.ask(data)
-            except EngineUnreachable:
-                if connection.answered:
-                    raise
-        connection = await self._dial()
-        return await connection.ask(data)
+        if connection is None:
+            self._dial(question)
+        else:
+            question.kept = True
+            connection.ask(question)
+        return question
 
     async def aclose(self) -> None:
         """Cut every connection; idempotent. Answers under way end with EngineUnreachable."""
         self._closed = True
+        dials, self._dials = self._dials, {}
+        for question, dial in dials.items():
+            dial.cancel()
+            question.failed(EngineUnreachable(_CLOSED))
         for connection in tuple(self._open):
             connection.fail(EngineUnreachable(_CLOSED))
-
-    def _closed_now(self) -> bool:
-        return self._closed
 
     def _take(self) -> Connection | None:
         self._prune()
@@ -121,20 +135,31 @@ class Upstream:
         while self._idle and self._idle[0].since < oldest:
             self._idle.popleft().cut()
 
-    async def _dial(self) -> Connection:
-        if self._closed_now():
-            raise EngineUnreachable(_CLOSED)
-        if len(self._open) + self._dialling >= self.bounds.connections_max:
-            raise EngineUnreachable(f"{self.origin.authority} has as many connections as it may.")
-        self._dialling += 1
+    def _dial(self, question: Question) -> None:
+        """Send it on a fresh connection; what forbids one is told later, as all else is."""
+        loop = asyncio.get_running_loop()
+        if self._closed:
+            loop.call_soon(question.failed, EngineUnreachable(_CLOSED))
+        elif len(self._open) + len(self._dials) >= self.bounds.connections_max:
+            message = f"{self.origin.authority} has as many connections as it may."
+            loop.call_soon(question.failed, EngineUnreachable(message))
+        else:
+            self._dials[question] = loop.create_task(self._dialled(question))
+
+    async def _dialled(self, question: Question) -> None:
         try:
             connection = await _translated(self._connect(), self.origin, self.bounds)
-        finally:
-            self._dialling -= 1
-        if self._closed_now():
-            connection.cut()
-            raise EngineUnreachable(_CLOSED)
-        return connection
+        except EngineUnreachable as error:
+            self._dials.pop(question, None)
+            question.failed(error)
+            return
+        del self._dials[question]
+        if connection.state is State.IDLE:
+            self._open.add(connection)
+            connection.ask(question)
+        else:
+            message = "The engine closed the connection, or spoke before it was asked."
+            question.failed(EngineUnreachable(message))
 
     async def _connect(self) -> Connection:
         loop = asyncio.get_running_loop()
@@ -160,10 +185,6 @@ class Upstream:
 
     # Told by connections
 
-    def made(self, connection: Connection) -> None:
-        """A connection is open."""
-        self._open.add(connection)
-
     def lost(self, connection: Connection) -> None:
         """A connection is gone."""
         self._open.discard(connection)
@@ -178,15 +199,24 @@ class Upstream:
         else:
             self._idle.append(connection)
 
+    def again(self, question: Question) -> None:
+        """The upstream had dropped the kept connection that this was sent on."""
+        question.kept = False
+        self._dial(question)
 
-def _encode(
-    method: str, path: str, authority: str, headers: Iterable[tuple[str, str]], body: bytes
-) -> tuple[bytes, ...]:
-    start = _start(method, path, authority, tuple(headers))
-    if not body and method == "GET":
+    def forget(self, question: Question) -> None:
+        """Its listener has left while it was dialled."""
+        dial = self._dials.pop(question, None)
+        if dial is not None:
+            dial.cancel()
+
+
+def _encode(start: bytes, body: bytes | None) -> tuple[bytes, ...]:
+    if body is None:
         return (start + b"\r\n",)
-    head = b"%bcontent-length: %d\r\n\r\n" % (start, len(body))
-    return (head, body) if body else (head,)
+    if len(body) <= _JOINED_BYTES_MAX:
+        return (b"%bcontent-length: %d\r\n\r\n%b" % (start, len(body), body),)
+    return b"%bcontent-length: %d\r\n\r\n" % (start, len(body)), body
 
 
 @lru_cache(maxsize=256)  # the same few requests are made again and again
