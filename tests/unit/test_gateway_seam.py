@@ -232,8 +232,8 @@ async def test_the_rest_keeps_to_the_longest_answer() -> None:
 
 
 async def test_limits_count_both_leases() -> None:
-    """A member's tokens per minute are charged with the whole answer, whoever wrote it."""
-    settings = MemberSettings(tokens_per_minute=10_000)
+    """A member's daily tokens are charged with the whole answer, whoever wrote it."""
+    settings = MemberSettings(tokens_per_day=10_000)
     left: list[int] = []
     for engine in (Copyist(), Copyist(dies_after=once(5))):
         async with open_pool({"a": engine}, member_settings=settings) as pool:

@@ -103,8 +103,10 @@ class Allowance:
 
     def adjust(self, tokens: int, now: float) -> None:
         """Take `tokens` more, or give them back if negative."""
-        for bucket in self._buckets():
-            bucket.take(tokens, now)
+        if self.minute is not None:
+            self.minute.take(tokens, now)
+        if self.day is not None:
+            self.day.take(tokens, now)
 
     def change(self, limits: Limits, now: float) -> None:
         """Other limits from now on; what is open and what was used stays counted."""

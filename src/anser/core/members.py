@@ -12,6 +12,7 @@ import hmac
 import re
 from dataclasses import dataclass
 from enum import Enum
+from functools import lru_cache
 from hashlib import blake2b
 from ipaddress import ip_address
 
@@ -99,6 +100,7 @@ def check_member_id(text: str) -> str:
     return text
 
 
+@lru_cache(maxsize=16_384)  # asked many times for each request, of the same few members
 def ancestry(member: str) -> tuple[str, ...]:
     """The path from the organisation down: `a/b/c` gives `a`, `a/b`, `a/b/c`."""
     parts = member.split("/")

@@ -125,22 +125,20 @@ class Tally:
             chunk = _CHUNK.decode(data)
         except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as error:
             raise EngineBroken("The engine sent a chunk that is not an OpenAI chunk.") from error
-        tokens, finish, text, plain = 0, None, "", True
+        piece, tokens = Piece(data=data), 0
         for choice in chunk.choices:
-            tokens += self._count(choice)
-            finish = choice.finish_reason or finish
-            text += choice.text or ""
-            if choice.delta is not None:
-                text += choice.delta.content or ""
-                plain = plain and choice.delta.plain
+            tokens += self._count(choice, piece)
         self.tokens += tokens
-        self.finish = self.finish or finish
-        usage = None
-        if chunk.usage is not None and not chunk.choices:
-            usage = self.usage = self.believe(chunk.usage)
-        elif chunk.usage is not None and finish is not None:
-            self.usage = self.believe(chunk.usage)
-        return Piece(data=data, text=text, plain=plain, finish=finish, usage=usage), tokens
+        self.finish = self.finish or piece.finish
+        if chunk.usage is not None:
+            self._take_usage(chunk.usage, piece, told_alone=not chunk.choices)
+        return piece, tokens
+
+    def _take_usage(self, claimed: _Usage, piece: Piece, *, told_alone: bool) -> None:
+        if told_alone:
+            piece.usage = self.usage = self.believe(claimed)
+        elif piece.finish is not None:
+            self.usage = self.believe(claimed)
 
     def cut(self, tokens: int) -> None:
         """Nothing counts but the first `tokens`: the engine's figures are of another answer."""
@@ -170,17 +168,27 @@ class Tally:
             completion_tokens=completion,
         )
 
-    def _count(self, choice: _Choice) -> int:
-        """At least how many tokens this choice carries: its logprobs tell exactly, text tells 1."""
-        text = len((choice.text or "").encode())
-        if choice.delta is not None:
-            text += _delta_bytes(choice.delta)
-        self.text_bytes += text
+    def _count(self, choice: _Choice, piece: Piece) -> int:
+        """Note what this choice says; returns at least how many tokens it carries.
+
+        Its log probabilities tell exactly, text tells 1.
+        """
+        delta, text = choice.delta, choice.text or ""
+        if delta is not None:
+            text = delta.content or text
+        size = len(text) if text.isascii() else len(text.encode())
+        if delta is not None and not delta.plain:
+            piece.plain = False
+            size += _more_bytes(delta)
+        piece.text += text
+        piece.finish = choice.finish_reason or piece.finish
+        self.text_bytes += size
         if choice.logprobs is not None:
+            piece.listed = True
             listed = choice.logprobs.content or choice.logprobs.tokens
             if listed:
                 return len(listed)
-        return 1 if text else 0
+        return 1 if size else 0
 
 
 @dataclass(slots=True)
@@ -236,9 +244,10 @@ def cut_short(data: bytes, finish: str = "length") -> bytes:
     return msgspec.json.encode(chunk)
 
 
-def _delta_bytes(delta: Delta) -> int:
+def _more_bytes(delta: Delta) -> int:
+    """How long all is that is no content."""
     reasoning = delta.reasoning or delta.reasoning_content
-    size = sum(len(part.encode()) for part in (delta.content, reasoning, delta.refusal) if part)
+    size = sum(len(part.encode()) for part in (reasoning, delta.refusal) if part)
     for call in delta.tool_calls or ():
         if call.function is not None:
             size += len(f"{call.function.name or ''}{call.function.arguments or ''}".encode())

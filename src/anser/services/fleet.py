@@ -350,7 +350,9 @@ class Fleet:
         self._wake.set()
 
     def _tell(self, entry: Entry, event: HealthEvent) -> None:
-        entry.health.handle(event, self._clock.now())
+        before = entry.health.state
+        if entry.health.handle(event, self._clock.now()) is before is NodeState.UP:
+            return  # it takes as much as it did
         self._settle(entry)
 
     def _settle(self, entry: Entry) -> None:

@@ -31,6 +31,7 @@ from anser.core.events import Lease, Progressed
 from anser.core.ledger import Outcome, Usage
 from anser.core.limits import RECORD_TIMEOUT_S, STREAM_BUFFER_MAX
 from anser.ports import Stream
+from anser.services.alarm import Alarm
 from anser.services.attempts import Attempts
 from anser.services.bugs import bug
 from anser.services.chunks import Ending, Piece
@@ -92,16 +93,16 @@ class Flight:
 
     __slots__ = (
         "_alarm",
+        "_attempts",
         "_clock",
         "_crew",
-        "_due",
         "_ending",
         "_failure",
+        "_gap_s",
         "_gone",
         "_left",
         "_loop",
         "_opening",
-        "_paused_at",
         "_reader",
         "_run",
         "_state",
@@ -113,6 +114,8 @@ class Flight:
     def __init__(self, crew: Crew, run: Run, reader: Reader) -> None:
         self.node = self.lease = ""  # of the first lease that answered
         self._crew = crew
+        self._attempts = crew.attempts
+        self._gap_s = crew.attempts.settings.token_gap_timeout_s
         self._run = run
         self._reader = reader
         self._loop = asyncio.get_running_loop()
@@ -124,9 +127,7 @@ class Flight:
         self._failure: AnserError | None = None
         self._left = False
         self._gone: asyncio.Future[None] | None = None
-        self._alarm: asyncio.TimerHandle | None = None
-        self._due = 0.0
-        self._paused_at: float | None = None
+        self._alarm = Alarm(self._ring, early_s=self._gap_s)
 
     def __repr__(self) -> str:
         return f"<Flight {self._run.demand.id} {self._state.value} left={self._left}>"
@@ -158,23 +159,21 @@ class Flight:
 
     def pause(self) -> None:
         """Its reader cannot take more now; the time that it takes is nobody's silence."""
-        if self._paused_at is None:
-            self._paused_at = self._loop.time()
+        if not self._alarm.held:
+            self._alarm.hold()
             if self._stream is not None:
                 self._stream.pause()
 
     def resume(self) -> None:
         """Its reader can take more."""
-        if self._paused_at is None:
-            return
-        self._due += self._loop.time() - self._paused_at
-        self._paused_at = None
-        self._safely(self._relay_opening)
-        if self._stream is not None and not self._is_paused():
-            self._stream.resume()
+        if self._alarm.held:
+            self._alarm.go_on()
+            self._safely(self._resume)
 
-    def _is_paused(self) -> bool:
-        return self._paused_at is not None
+    def _resume(self) -> None:
+        self._relay_opening()
+        if self._stream is not None and not self._alarm.held:  # it may have had enough again
+            self._stream.resume()
 
     def leave(self) -> None:
         """Its reader has left: stop the engine, free the slot, leave the receipt. Idempotent."""
@@ -205,15 +204,15 @@ class Flight:
 
     def _wait_on(self) -> None:
         """Wait as long as its patience and its deadline allow, and look again then."""
-        run, attempts, now = self._run, self._crew.attempts, self._clock.now()
+        run, attempts, now = self._run, self._attempts, self._clock.now()
         left_s = run.waits_s(now, starting=attempts.starts(run.demand.model))
         if left_s <= 0:
             self._fail(run.out_of_patience(now, come_back_s(attempts.wait_s(run.demand))))
         else:
-            self._arm(left_s)
+            self._alarm.set(left_s)
 
     def _take_lease(self) -> None:
-        run, attempts = self._run, self._crew.attempts
+        run, attempts = self._run, self._attempts
         try:
             lease = run.taken()
         except AnserError as refused:
@@ -222,14 +221,14 @@ class Flight:
         attempts.leased(run)
         self._state = _State.OPENING
         self._opening.clear()
-        self._arm(attempts.first_token_s(run))
+        self._alarm.set(attempts.first_token_s(run))
         try:
             engine, call = attempts.call(run, lease)
         except EngineError as error:
             self._not_opened(error)
             return
         self._stream = open_stream(engine, call, self)
-        if self._paused_at is not None:
+        if self._alarm.held:
             self._stream.pause()
 
     # The engine, whose Receiver it is
@@ -287,9 +286,9 @@ class Flight:
             return
         run.began = True
         self._state = _State.RELAYING
-        self._arm(self._crew.attempts.settings.token_gap_timeout_s)
+        self._alarm.set(self._gap_s)
         if run.before:
-            self._crew.attempts.stats.continued += 1
+            self._attempts.stats.continued += 1
             opening = [(without_role(each), count) for each, count in self._opening]
             self._opening = deque((each, count) for each, count in opening if each is not None)
         else:
@@ -300,7 +299,7 @@ class Flight:
 
     def _relay_opening(self) -> None:
         try:
-            while self._opening and self._state is _State.RELAYING and self._paused_at is None:
+            while self._opening and self._state is _State.RELAYING and not self._alarm.held:
                 self._relay(*self._opening.popleft())
         except EngineError as error:
             self.failed(error)
@@ -312,7 +311,7 @@ class Flight:
             self._stop(lambda: self._try_again(error))
 
     def _try_again(self, error: EngineError) -> None:
-        self._crew.attempts.failed(self._run, error)
+        self._attempts.failed(self._run, error)
         self.begin()
 
     # Piece by piece
@@ -320,9 +319,8 @@ class Flight:
     def _relay(self, piece: Piece, tokens: int) -> None:
         """Count it and pass it on, unless it belongs to the end."""
         run = self._run
-        self._progress(tokens)
         if tokens:
-            self._arm(self._crew.attempts.settings.token_gap_timeout_s)
+            self._progress(tokens)
         total = run.before + run.tally.tokens
         if self._is_too_long(total) or run.said.stops_in(piece):
             run.tally.cut(run.delivered - run.before)
@@ -336,8 +334,8 @@ class Flight:
         run.delivered += tokens
         run.said.add(piece)
         if tokens and run.first_token_ms is None:
-            run.first_token_ms = run.moment(self._crew.attempts.dispatch.wall_ms())
-            self._crew.attempts.stats.first_token_s.observe(self._clock.now() - run.admitted_at)
+            run.first_token_ms = run.moment(self._attempts.dispatch.wall_ms())
+            self._attempts.stats.first_token_s.observe(self._clock.now() - run.admitted_at)
         try:
             self._reader.piece(piece)
         except AnserError as error:
@@ -345,10 +343,11 @@ class Flight:
 
     def _progress(self, tokens: int) -> None:
         """Charge what was generated, told to the scheduler at most every 100 ms."""
-        run, attempts, now = self._run, self._crew.attempts, self._clock.now()
+        run, attempts, now = self._run, self._attempts, self._clock.now()
+        self._alarm.set(self._gap_s)
         attempts.stats.produced(tokens, now)
         untold = run.tally.tokens - run.told
-        if untold and now - run.told_at >= _COALESCE_S and run.lease is not None:
+        if now - run.told_at >= _COALESCE_S and run.lease is not None:
             run.told, run.told_at = run.tally.tokens, now
             attempts.dispatch.tell(Progressed(lease=run.lease.id, tokens=untold))
 
@@ -375,14 +374,14 @@ class Flight:
 
     def _go_on(self, error: EngineError) -> None:
         """Let another node go on from what the client has, where one can."""
-        run, settings = self._run, self._crew.attempts.settings
+        run, settings = self._run, self._attempts.settings
         if isinstance(error, EngineRefused) or not settings.continue_answers or not run.said.open:
             self._fail(error)
             return
         delivered = run.delivered - run.before
         run.go_on(Patience(self._clock.now(), settings.queue_timeout_s))
         self._ending = Ending(run.demand.output_tokens_max)
-        self._crew.attempts.failed(run, error, delivered=delivered)
+        self._attempts.failed(run, error, delivered=delivered)
         self.begin()
 
     # The end
@@ -390,7 +389,7 @@ class Flight:
     def _stop(self, then: Callable[[], None]) -> None:
         """Stop its engine; `then` is next, unless the client has left meanwhile."""
         self._state = _State.STOPPING
-        self._disarm()
+        self._alarm.unset()
         stream, self._stream = self._stream, None
         if stream is None:
             self._stopped(then)
@@ -416,7 +415,7 @@ class Flight:
         outcome = Outcome.FINISHED if self._failure is None else Outcome.FAILED
         receipt = self._crew.settlement.close(self._run, outcome, self._failure)
         self._state = _State.SETTLING
-        self._arm(RECORD_TIMEOUT_S)
+        self._alarm.set(RECORD_TIMEOUT_S)
         try:
             self._crew.ledger.tell(receipt, self._recorded)
         except AnserError as error:
@@ -448,7 +447,7 @@ class Flight:
 
     def _end(self) -> None:
         self._state = _State.ENDED
-        self._disarm()
+        self._alarm.cancel()
         if self._gone is not None and not self._gone.done():
             self._gone.set_result(None)
 
@@ -469,32 +468,11 @@ class Flight:
             self._end()
             self._reader.failed(known)
 
-    # Time: one timer, moved only when it must be earlier
-
-    def _arm(self, seconds: float) -> None:
-        self._due = self._loop.time() + seconds
-        if self._alarm is not None and self._alarm.when() > self._due:
-            self._disarm()
-        if self._alarm is None:
-            self._alarm = self._loop.call_at(self._due, self._ring)
-
-    def _disarm(self) -> None:
-        if self._alarm is not None:
-            self._alarm.cancel()
-            self._alarm = None
-
     def _ring(self) -> None:
-        self._alarm = None
-        now, due = self._loop.time(), self._due
-        if self._paused_at is not None and self._state in _ENGINES_TURN:
-            due += now - self._paused_at
-        if now < due:
-            self._alarm = self._loop.call_at(due, self._ring)
-        else:
-            self._safely(self._be_late)
+        self._safely(self._be_late)
 
     def _be_late(self) -> None:
-        attempts = self._crew.attempts
+        attempts = self._attempts
         if self._state is _State.QUEUED:
             self._wait_on()
         elif self._state is _State.RELAYING:

@@ -18,6 +18,7 @@ import math
 import secrets
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 
 from anser.config import MemberSettings
 from anser.core import limits
@@ -50,6 +51,7 @@ __all__ = ["ANONYMOUS_KEY", "OWNER", "Members", "Principal", "Reservation", "Spe
 OWNER = "local/default/owner"
 ANONYMOUS_KEY = "anonymous"  # for clients that cannot leave the key out
 _WEIGHT = 1_000
+_Path = tuple[Account, ...]  # from the organisation down, its own one with the defaults last
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,6 +88,7 @@ class Members:
     _accounts: dict[tuple[str, bool], Account] = field(
         default_factory=dict[tuple[str, bool], Account]
     )
+    _paths: dict[str, _Path] = field(default_factory=dict[str, "_Path"])  # of known accounts
     _added: dict[str, int] = field(default_factory=dict[str, int])  # weight, by contribution
     _listeners: list[Callable[[str, int], None]] = field(
         default_factory=list[Callable[[str, int], None]]
@@ -191,8 +194,8 @@ class Members:
             self._check_free(member)
             await self.store.put_member(added)
             self._members[member] = added
-        self._accounts.pop((member, True), None)
-        self._accounts.pop((member, False), None)
+        self._forget(member)
+        self._paths.clear()  # those below it began without it
         self._tell(added)
         return added
 
@@ -298,11 +301,10 @@ class Members:
         member's usual answer; `Reservation.settle` corrects them.
         """
         now = self.clock.now()
-        names = (*ancestry(member), member)
         path = self._path(member)
         tokens = prompt_tokens + min(output_tokens_max, round(path[-1].output_tokens))
-        for name, account in zip(names, path, strict=True):
-            account.allowance.check(_public_name(name), tokens=tokens, now=now)
+        for name, account in zip(_public_names(member), path, strict=True):
+            account.allowance.check(name, tokens=tokens, now=now)
         for account in path:
             account.allowance.take(tokens, now)
         return Reservation(self, member, tokens, path)
@@ -325,8 +327,8 @@ class Members:
         now, path = self.clock.now(), self._path(member)
         usual = round(path[-1].output_tokens)
         sizes = [prompt + min(output, usual) for prompt, output in tokens]
-        for name, account in zip((*ancestry(member), member), path, strict=True):
-            account.allowance.check(_public_name(name), tokens=sum(sizes), now=now)
+        for name, account in zip(_public_names(member), path, strict=True):
+            account.allowance.check(name, tokens=sum(sizes), now=now)
         places: list[Reservation] = []
         try:
             while len(places) < len(sizes):
@@ -417,8 +419,11 @@ class Members:
 
     def _path(self, member: str) -> tuple[Account, ...]:
         """The accounts that one request of `member` counts in, its own one with defaults last."""
-        above = (self._account(each, leaf=False) for each in ancestry(member))
-        return (*above, self._account(member, leaf=True))
+        path = self._paths.get(member)
+        if path is None:
+            above = (self._account(each, leaf=False) for each in ancestry(member))
+            path = self._paths[member] = (*above, self._account(member, leaf=True))
+        return path
 
     def _account(self, member: str, *, leaf: bool) -> Account:
         account = self._accounts.get((member, leaf))
@@ -445,8 +450,13 @@ class Members:
         allowance = account.allowance
         lasting = allowance.minute is not None or allowance.day is not None
         if not allowance.open and not lasting and member not in self._members:
-            self._accounts.pop((member, True), None)
-            self._accounts.pop((member, False), None)
+            self._forget(member)
+
+    def _forget(self, member: str) -> None:
+        """Its own accounts begin anew when it asks again; those above it stay."""
+        self._accounts.pop((member, True), None)
+        self._accounts.pop((member, False), None)
+        self._paths.pop(member, None)
 
     def _remember(self, key: Key) -> None:
         self._keys[key.id] = key
@@ -463,6 +473,12 @@ class Members:
 def _ended_at(key: Key) -> float:
     """When a key expired or was revoked, whichever came first."""
     return min(end for end in (key.revoked_at, key.expires_at, math.inf) if end is not None)
+
+
+@lru_cache(maxsize=4_096)
+def _public_names(member: str) -> tuple[str, ...]:
+    """The names of the accounts on a member's path, its own one last, in messages."""
+    return tuple(map(_public_name, (*ancestry(member), member)))
 
 
 def _public_name(member: str) -> str:

@@ -150,6 +150,8 @@ class Run:
 
     def part(self, delivered: Usage) -> Usage:
         """What of all that was delivered is the present lease's."""
+        if not self.before:
+            return delivered
         return replace(delivered, completion_tokens=delivered.completion_tokens - self.before)
 
     def spent(self, generated: Usage, delivered: Usage) -> Usage:
@@ -161,6 +163,8 @@ class Run:
 
     def whole(self, usage: Usage) -> Usage:
         """With what earlier leases have delivered."""
+        if not self.before:
+            return usage
         return usage + Usage(completion_tokens=self.before)
 
     async def started(
