@@ -36,7 +36,7 @@ from anser.core.errors import AnserError, ConfigError, SourceError
 from anser.core.fleet import Node
 from anser.core.health import NodeState
 from anser.core.hub import Model
-from anser.core.limits import CONNECTIONS_MAX, FILES_RESERVED, RETRIES_MAX
+from anser.core.limits import ABORT_WAIT_S, CONNECTIONS_MAX, FILES_RESERVED, RETRIES_MAX
 from anser.core.scheduler import Scheduler
 from anser.ports import Engine, Progress
 from anser.services.contribution import Contribution
@@ -289,6 +289,9 @@ async def serve(
             await _drain(platform, stop, config.server.drain_s)
             for door in doors:
                 door.close(quickly=stop.second.is_set())
+        with suppress(TimeoutError):  # what was cut short still stops its engines
+            async with asyncio.timeout(ABORT_WAIT_S):
+                await platform.services.gateway.empty.wait()
 
 
 def _guard(config: Config) -> GuardSettings:

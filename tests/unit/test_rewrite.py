@@ -10,11 +10,9 @@ from openai.lib.streaming.chat import ChatCompletionStreamState
 from openai.types.chat import ChatCompletionChunk
 
 from anser.api.demands import Asked
-from anser.api.merge import Part
 from anser.api.rewrite import Rewriter
 from anser.core.errors import EngineBroken
 from anser.ports import Route
-from anser.services.chunks import Piece
 from tests.pool import demand
 
 HEAD: dict[str, object] = {
@@ -38,21 +36,20 @@ def rewriter(
     return Rewriter(asked, HEAD)
 
 
-def part(chunk: object, index: int = 0) -> Part:
-    data = chunk if isinstance(chunk, bytes) else json.dumps(chunk).encode()
-    return Part(index=index, piece=Piece(data=data))
+def encoded(chunk: object) -> bytes:
+    return chunk if isinstance(chunk, bytes) else json.dumps(chunk).encode()
 
 
 def begun(answers: int = 1) -> Rewriter:
     """One whose answers have had their first chunks."""
     found = rewriter(answers)
     for index in range(answers):
-        found.chunk(part({"choices": [{"delta": {"role": "assistant"}}]}, index))
+        found.chunk(encoded({"choices": [{"delta": {"role": "assistant"}}]}), index)
     return found
 
 
 def rewritten(chunk: object, *, of: Rewriter | None = None, index: int = 0) -> Any:
-    data = (of or rewriter()).chunk(part(chunk, index))
+    data = (of or rewriter()).chunk(encoded(chunk), index)
     return None if data is None else json.loads(data)
 
 
@@ -69,7 +66,7 @@ def test_what_is_not_the_platforms_goes_on_byte_for_byte() -> None:
     """Numbers, escapes and fields that nobody here knows are the engine's to the last byte."""
     delta = b'{"content": "\\u00e9\\/ \xc3\xa9", "x_new": 1.50e+01}'
     data = b'{"x_more": [1.0, 12345678901234567890], "choices": [{"delta": %b, "x": 0.10}]}' % delta
-    sent = begun().chunk(part(data))
+    sent = begun().chunk(data)
     assert sent is not None
     for same in (b'"x_more":[1.0, 12345678901234567890]', b'"delta":' + delta, b'"x":0.10'):
         assert same in sent
@@ -104,7 +101,7 @@ def test_an_engines_usage_is_taken_out() -> None:
 def test_what_is_no_chunk_is_the_engines_failure(chunk: bytes) -> None:
     """Never a fault of the platform's."""
     with pytest.raises(EngineBroken):
-        rewriter(2).chunk(part(chunk))
+        rewriter(2).chunk(encoded(chunk))
 
 
 @pytest.mark.parametrize("name", ["reasoning", "reasoning_content"])
@@ -131,7 +128,7 @@ def test_a_chat_begins_with_its_role(told: dict[str, str | None]) -> None:
     delta has it all the same, later ones do not, and what else the engine sent is as it was."""
     chat = rewriter()
     assert rewritten({"choices": [{"delta": None}]}, of=chat)["choices"][0]["delta"] is None
-    sent = chat.chunk(part(b'{"choices":[{"delta":{%b"content":"\\u00e9"}}]}' % _members(told)))
+    sent = chat.chunk(b'{"choices":[{"delta":{%b"content":"\\u00e9"}}]}' % _members(told))
     assert sent is not None
     assert b'"content":"\\u00e9"' in sent
     assert sent.count(b'"role"') == 1
@@ -174,7 +171,7 @@ def test_several_chats_begin_in_their_order_whichever_engine_is_first() -> None:
     for index in (2, 1, 0):
         for delta in ({"role": "assistant", "content": None}, {"content": f"text {index}"}, None):
             ending = {"finish_reason": None if delta else "stop"}
-            data = three.chunk(part({"choices": [{"delta": delta or {}, **ending}]}, index))
+            data = three.chunk(encoded({"choices": [{"delta": delta or {}, **ending}]}), index)
             assert data is not None
             sent.append(data)
     for data in sent:

@@ -1,7 +1,8 @@
 """The platform's HTTP applications: what anybody may reach, and what its operators may.
 
 Theory of operation. Both are plain ASGI callables. Addresses of the hot path are answered right
-here, one Exchange for each request; everything else goes to a Starlette application. Every answer
+here, one Exchange for each request; everything else goes to a Starlette application. Requests for
+one answer mostly do not come here at all, but to the application's `lane` (lane.py). Every answer
 carries `x-request-id`, our own: receipts are kept under it, so a caller's is not taken over.
 
 Invariants: no exception leaves a request; an error on any address but a page is OpenAI's envelope.
@@ -10,12 +11,9 @@ Invariants: no exception leaves a request; an error on any address but a page is
 from __future__ import annotations
 
 import asyncio
-import traceback
 from collections.abc import Sequence
 from contextlib import suppress
-from typing import cast
 
-import structlog
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
@@ -26,17 +24,17 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from anser.api import admin, metrics, page, usage
 from anser.api.auth import Doorkeeper
 from anser.api.context import Services
-from anser.api.errors import Headers, body_of, echo, headers_of, status_of
+from anser.api.errors import body_of, echo, headers_of, status_of
 from anser.api.exchange import Bodies, Exchange, HungUp
+from anser.api.lane import InferenceLane
+from anser.api.refusal import goodbye, refusal_headers
 from anser.api.routes import Direct, find_direct
-from anser.api.why import why_headers
-from anser.core.errors import AnserError, LimitReached, MethodNotAllowed, NotFound, ShuttingDown
-from anser.services.members import Principal
+from anser.core.errors import AnserError, MethodNotAllowed, NotFound
+from anser.services.bugs import bug
 
 __all__ = ["admin_app", "public_app"]
 
 _GOODBYE_S = 1.0
-_log = structlog.get_logger("anser.api")
 
 
 def public_app(services: Services) -> ASGIApp:
@@ -65,7 +63,7 @@ def admin_app(services: Services) -> ASGIApp:
 class _App:
     """An ASGI application."""
 
-    __slots__ = ("_bodies", "_doorkeeper", "_rest", "_services")
+    __slots__ = ("_bodies", "_doorkeeper", "_rest", "_services", "lane")
 
     def __init__(
         self, services: Services, doorkeeper: Doorkeeper, routes: Sequence[BaseRoute]
@@ -73,6 +71,7 @@ class _App:
         self._services = services
         self._doorkeeper = doorkeeper
         self._bodies = Bodies()
+        self.lane = InferenceLane(services, doorkeeper, self._bodies)
         handlers = {AnserError: _show_error, HTTPException: _show_http_error, Exception: _show_bug}
         self._rest = Starlette(routes=routes, exception_handlers=handlers)
         self._rest.router.redirect_slashes = False  # it would answer with the caller's own host
@@ -99,18 +98,22 @@ class _App:
         except asyncio.CancelledError:  # nobody else cancels this task: the platform is closed
             await _say_goodbye(exchange)
         except Exception as error:  # noqa: BLE001 - one of the two outermost loops
-            _log.error("request failed", request=exchange.id, exception=_trace(error))
-            await exchange.fail(_bug())
+            await exchange.fail(bug(error, request=exchange.id))
         finally:
             exchange.forget()
 
     async def _answer(self, exchange: Exchange, route: Direct) -> None:
         try:
             await self._dispatch(exchange, route)
-        except LimitReached as error:
-            await exchange.fail(error, self._limits_left(exchange.principal))
         except AnserError as error:
-            await exchange.fail(error, why_headers(exchange, exchange.id))
+            told = refusal_headers(
+                self._services,
+                error,
+                principal=exchange.principal,
+                request=exchange.id,
+                header=exchange.header,
+            )
+            await exchange.fail(error, told)
 
     async def _dispatch(self, exchange: Exchange, route: Direct) -> None:
         method = exchange.scope["method"]
@@ -122,22 +125,15 @@ class _App:
         elif route.show is not None:
             await route.show(exchange)
         elif route.ask is not None:
-            exchange.principal = self._doorkeeper.admit(exchange)
+            exchange.principal = self._doorkeeper.admit(exchange.header, exchange.scope)
             await route.ask(exchange, exchange.principal)
-
-    def _limits_left(self, principal: Principal | None) -> Headers:
-        """The limits of a member who has reached one."""
-        if principal is None:
-            return []
-        left = self._services.members.limits_left(principal.member)
-        return [(name.encode(), value.encode()) for name, value in left.items()]
 
 
 async def _say_goodbye(exchange: Exchange) -> None:
     """End an answer that the platform's own end cuts short; whoever does not read is not told."""
     with suppress(TimeoutError):
         async with asyncio.timeout(_GOODBYE_S):
-            await exchange.fail(ShuttingDown("This platform stopped before the answer's end."))
+            await exchange.fail(goodbye())
 
 
 async def _show_error(_: Request, error: Exception) -> Response:
@@ -161,19 +157,7 @@ async def _show_http_error(request: Request, error: Exception) -> Response:
 
 
 async def _show_bug(request: Request, _: Exception) -> Response:
-    return await _show_error(request, _bug())
-
-
-def _bug() -> AnserError:
-    return AnserError("The platform failed; its log tells more.")
-
-
-def _trace(error: BaseException) -> str:
-    """Where an error has come through; not its message, which could quote a prompt."""
-    if isinstance(error, BaseExceptionGroup):
-        group = cast("BaseExceptionGroup[BaseException]", error)
-        return "".join(map(_trace, group.exceptions))
-    return "".join(traceback.format_tb(error.__traceback__)) + type(error).__name__
+    return await _show_error(request, AnserError("The platform failed; its log tells more."))
 
 
 def _not_allowed(method: str, methods: tuple[str, ...]) -> MethodNotAllowed:

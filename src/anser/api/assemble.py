@@ -10,9 +10,9 @@ from anser.api.logprobs import TextLogprobs
 from anser.core.errors import EngineBroken
 from anser.core.ledger import Usage
 from anser.core.limits import TOOLS_MAX
-from anser.services.chunks import Delta, ToolCall
+from anser.services.chunks import Delta, Piece, ToolCall
 
-__all__ = ["ChatChoice", "TextChoice", "usage_object"]
+__all__ = ["ChatChoice", "Choice", "TextChoice", "usage_object"]
 
 
 class _ChatLogprobs(msgspec.Struct):
@@ -63,6 +63,15 @@ class ChatChoice:
     _calls: dict[int, _Call] = field(default_factory=dict[int, _Call])
     _logprobs: list[msgspec.Raw] = field(default_factory=list[msgspec.Raw])
     _finish: str | None = None
+
+    def take(self, piece: Piece) -> None:
+        """Take in one chunk that has been read before, again only where it is worth it."""
+        if piece.listed or not piece.plain:
+            self.add(piece.data)
+            return
+        if piece.text:
+            self._content.append(piece.text)
+        self._finish = piece.finish or self._finish
 
     def add(self, data: bytes) -> None:
         """Take in one chunk. Raises EngineBroken."""
@@ -130,6 +139,14 @@ class TextChoice:
     _logprobs: TextLogprobs = field(default_factory=TextLogprobs)
     _finish: str | None = None
 
+    def take(self, piece: Piece) -> None:
+        """Take in one chunk that has been read before, again only where it is worth it."""
+        if piece.listed or not piece.plain:
+            self.add(piece.data)
+            return
+        self._text.append(piece.text)
+        self._finish = piece.finish or self._finish
+
     def add(self, data: bytes) -> None:
         """Take in one chunk. Raises EngineBroken."""
         try:
@@ -150,6 +167,9 @@ class TextChoice:
             "logprobs": self._logprobs.whole(),
             "finish_reason": self._finish,
         }
+
+
+Choice = ChatChoice | TextChoice
 
 
 def usage_object(usage: Usage) -> dict[str, object]:

@@ -24,7 +24,6 @@ from ipaddress import ip_address
 
 from starlette.types import Scope as ConnectionScope
 
-from anser.api.exchange import Exchange
 from anser.core.errors import Forbidden, LimitReached, Unauthenticated
 from anser.core.members import Scope, is_key_shaped
 from anser.ports import Clock
@@ -35,6 +34,7 @@ __all__ = [
     "OWN_SOCKET",
     "WINDOW_S",
     "Doorkeeper",
+    "Header",
     "bearer_of",
     "check_site",
     "network_of",
@@ -42,6 +42,8 @@ __all__ = [
     "on_own_socket",
 ]
 
+Header = Callable[[bytes], str | None]
+"""The first header of a (lower-case) name, if there is one."""
 OWN_SOCKET = Principal(member=OWNER, key=None, scope=Scope.OPERATE, anonymous=False)
 """Who asks on the Unix socket."""
 FAILURES_MAX = 20
@@ -73,17 +75,17 @@ class Doorkeeper:
         assert len(self._windows) <= _NETWORKS_MAX
         assert all(window.failures > 0 for window in self._windows.values())
 
-    def admit(self, exchange: Exchange) -> Principal:
+    def admit(self, header: Header, scope: ConnectionScope) -> Principal:
         """The member who asks; on the platform's own socket, its owner.
 
         Raises Unauthenticated, Forbidden, LimitReached.
         """
-        if on_own_socket(exchange.scope):
+        if on_own_socket(scope):
             return OWN_SOCKET
-        bearer = bearer_of(exchange.header)
-        principal = self.authenticate(bearer, peer=exchange.peer)
+        client = scope.get("client")
+        principal = self.authenticate(bearer_of(header), peer=client[0] if client else "")
         if principal.anonymous:
-            check_site(exchange.header, on_loopback=on_loopback(exchange.scope))
+            check_site(header, on_loopback=on_loopback(scope))
         return principal
 
     def authenticate(self, bearer: str | None, *, peer: str) -> Principal:
@@ -111,7 +113,7 @@ class Doorkeeper:
             raise LimitReached(message, retry_after_s=WINDOW_S - (now - window.opened_at)) from None
 
 
-def bearer_of(header: Callable[[bytes], str | None]) -> str | None:
+def bearer_of(header: Header) -> str | None:
     """The key of a request, from `authorization: Bearer` or `x-api-key`. Raises Unauthenticated."""
     value = header(b"authorization")
     if value is None:
@@ -140,7 +142,7 @@ def on_loopback(scope: ConnectionScope) -> bool:
     return _is_loopback(scope.get("proxy", "")) or (client is not None and _is_loopback(client[0]))
 
 
-def check_site(header: Callable[[bytes], str | None], *, on_loopback: bool) -> None:
+def check_site(header: Header, *, on_loopback: bool) -> None:
     """Raise Forbidden if a browser sends this for a page that is not the platform's own.
 
     On loopback the host must also be spelled as one: a name could be any site's, pointed here.

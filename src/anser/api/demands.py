@@ -8,9 +8,9 @@ from math import inf, nan
 
 import msgspec
 
+from anser.api.auth import Header
 from anser.api.checks import check_fields
 from anser.api.context import Services
-from anser.api.exchange import Exchange
 from anser.api.fields import (
     CHAT_FORWARDED,
     COMPLETION_FORWARDED,
@@ -30,7 +30,6 @@ from anser.core.sampling import HINTS, sampling_fields
 from anser.ports import Route
 from anser.services.caches import chain_salt, engine_salt
 from anser.services.gateway import Demand
-from anser.services.members import Principal
 
 __all__ = [
     "Asked",
@@ -94,13 +93,13 @@ class _Prompt:
         return msgspec.json.encode(self.body)
 
 
-def asker_of(exchange: Exchange, principal: Principal) -> Asker:
+def asker_of(services: Services, request_id: str, member: str, header: Header) -> Asker:
     """Who asks, and until when; taken before the body is read. Raises InvalidField."""
     return Asker(
-        services=exchange.services,
-        member=principal.member,
-        request_id=exchange.id,
-        deadline=_deadline(exchange),
+        services=services,
+        member=member,
+        request_id=request_id,
+        deadline=_deadline(services, header),
     )
 
 
@@ -244,8 +243,8 @@ class _Job:
         return found
 
 
-def _deadline(exchange: Exchange) -> float | None:
-    text = exchange.header(_DEADLINE.encode())
+def _deadline(services: Services, header: Header) -> float | None:
+    text = header(_DEADLINE.encode())
     if text is None:
         return None
     try:
@@ -255,7 +254,7 @@ def _deadline(exchange: Exchange) -> float | None:
     if not 0.0 < seconds < inf:  # false for NaN
         message = f"`{_DEADLINE}` is how many seconds from now the first token is of use: above 0."
         raise InvalidField(message, param=_DEADLINE)
-    return exchange.services.clock.now() + seconds
+    return services.clock.now() + seconds
 
 
 def _check_logprobs(fields: ChatFields) -> None:

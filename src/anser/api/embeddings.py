@@ -49,7 +49,8 @@ _ANSWER = msgspec.json.Decoder(_Answer)
 
 async def embed(exchange: Exchange, principal: Principal) -> None:
     """POST /v1/embeddings."""
-    asker, services = asker_of(exchange, principal), exchange.services
+    services = exchange.services
+    asker = asker_of(services, exchange.id, principal.member, exchange.header)
     fields = check_fields(await exchange.read(), EmbeddingFields, drop_unknown=asker.drops_unknown)
     demands = _demands(asker, fields)
     vectors = Vectors(fields)
@@ -57,7 +58,7 @@ async def embed(exchange: Exchange, principal: Principal) -> None:
         with places_for(services.gateway.members, demands, param="input") as places:
             for demand, place in zip(demands, places, strict=True):
                 vectors.add(await services.gateway.embed(demand, place))
-        told = why_headers(exchange, demands[0].id)
+        told = why_headers(services, demands[0].id, exchange.header)
         await exchange.reply(200, vectors.encoded(), [*vectors.headers, *told])
 
 

@@ -25,6 +25,7 @@ from enum import Enum
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from anser.api import sse
+from anser.api.auth import Header
 from anser.api.context import Services
 from anser.api.decode import decode_object
 from anser.api.errors import Headers, body_of, headers_of, status_of
@@ -32,11 +33,11 @@ from anser.core.errors import AnserError, BodyTooLarge, Overloaded, UnsupportedE
 from anser.core.limits import BODIES_BYTES_MAX
 from anser.services.members import Principal
 
-__all__ = ["KEEP_ALIVE_S", "Bodies", "Exchange", "HungUp", "named"]
+__all__ = ["KEEP_ALIVE_S", "LARGE_BYTES", "Bodies", "Exchange", "HungUp", "check_head", "named"]
 
 KEEP_ALIVE_S = 5.0  # a stream is silent for at most twice as long
+LARGE_BYTES = 256 * 1024  # beyond this, decoding takes longer than others should wait
 _DIGITS_MAX = 18
-_LARGE_BYTES = 256 * 1024  # beyond this, decoding takes longer than others should wait
 _JSON = (b"content-type", b"application/json")
 
 
@@ -50,6 +51,19 @@ def named(send: Send, request_id: str) -> Send:
         await send(message)
 
     return with_name
+
+
+def check_head(header: Header, size_max: int) -> None:
+    """Raise BodyTooLarge or UnsupportedEncoding for a body that is not read."""
+    length = header(b"content-length") or ""
+    if length.isdecimal() and (len(length) > _DIGITS_MAX or int(length) > size_max):
+        raise BodyTooLarge(f"A body has at most {size_max} bytes.")
+    encoding = header(b"content-encoding") or "identity"
+    if encoding.lower() != "identity":
+        raise UnsupportedEncoding("A body is read as it is: send it without content-encoding.")
+    kind = (header(b"content-type") or "").partition(";")[0]
+    if kind.strip().lower() != "application/json":
+        raise UnsupportedEncoding("Send the body as 'content-type: application/json'.")
 
 
 class HungUp(Exception):  # noqa: N818 - not an error: nobody is left to be told
@@ -79,7 +93,7 @@ class Bodies:
 
     async def decode(self, body: bytes) -> dict[str, object]:
         """The JSON object in `body`; large ones one by one, off the loop. Raises RequestError."""
-        if len(body) <= _LARGE_BYTES:
+        if len(body) <= LARGE_BYTES:
             return decode_object(body)
         async with self._turn:
             return await asyncio.to_thread(decode_object, body)
@@ -125,12 +139,6 @@ class Exchange:
         return f"<Exchange {self.id} {self.scope['method']} {self._state.value}>"
 
     @property
-    def peer(self) -> str:
-        """The client's address, as connection or trusted proxy tell; empty on a Unix socket."""
-        client = self.scope.get("client")
-        return client[0] if client else ""
-
-    @property
     def bodiless(self) -> bool:
         """Whether the answer has a head only."""
         return bool(self.scope["method"] == "HEAD")
@@ -148,7 +156,7 @@ class Exchange:
     async def read(self) -> dict[str, object]:
         """The body's JSON object. Raises RequestError, Overloaded, HungUp."""
         size_max = self.services.config.server.body_bytes_max
-        self._check_head(size_max)
+        check_head(self.header, size_max)
         parts: list[bytes] = []
         more = True
         while more:
@@ -167,17 +175,6 @@ class Exchange:
         """The request is over: its body is held no longer."""
         self._bodies.held -= self._size
         self._size = 0
-
-    def _check_head(self, size_max: int) -> None:
-        length = self.header(b"content-length") or ""
-        if length.isdecimal() and (len(length) > _DIGITS_MAX or int(length) > size_max):
-            raise BodyTooLarge(f"A body has at most {size_max} bytes.")
-        encoding = self.header(b"content-encoding") or "identity"
-        if encoding.lower() != "identity":
-            raise UnsupportedEncoding("A body is read as it is: send it without content-encoding.")
-        kind = (self.header(b"content-type") or "").partition(";")[0]
-        if kind.strip().lower() != "application/json":
-            raise UnsupportedEncoding("Send the body as 'content-type: application/json'.")
 
     # The client's presence
 

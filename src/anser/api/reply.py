@@ -15,14 +15,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from anser.api.auth import (
-    OWN_SOCKET,
-    Doorkeeper,
-    bearer_of,
-    check_site,
-    on_loopback,
-    on_own_socket,
-)
+from anser.api.auth import Doorkeeper
 from anser.api.decode import decode_object
 from anser.core.errors import (
     BodyTimeout,
@@ -96,17 +89,7 @@ def query_number(request: Request, name: str, *, default: float, high: float) ->
 
 def member_of(request: Request, doorkeeper: Doorkeeper) -> Principal:
     """Who asks; on the platform's own socket, its owner. Raises Unauthenticated, Forbidden."""
-    if on_own_socket(request.scope):
-        return OWN_SOCKET
-    peer = request.client.host if request.client else ""
-
-    def header(name: bytes) -> str | None:
-        return request.headers.get(name.decode())
-
-    principal = doorkeeper.authenticate(bearer_of(header), peer=peer)
-    if principal.anonymous:
-        check_site(header, on_loopback=on_loopback(request.scope))
-    return principal
+    return doorkeeper.admit(lambda name: request.headers.get(name.decode()), request.scope)
 
 
 def operator_of(request: Request, doorkeeper: Doorkeeper) -> Principal:

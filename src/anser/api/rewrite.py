@@ -16,7 +16,6 @@ from msgspec import Raw
 
 from anser.api.demands import Asked
 from anser.api.logprobs import TextLogprobs
-from anser.api.merge import Part
 from anser.core.errors import EngineBroken
 from anser.ports import Route
 
@@ -61,14 +60,13 @@ class Rewriter:
             choice = {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
             yield msgspec.json.encode({**self._head, "choices": [choice]})
 
-    def chunk(self, part: Part) -> bytes | None:
-        """What the client gets for `part`, if anything. Raises EngineBroken."""
-        data = part.piece.data
+    def chunk(self, data: bytes, index: int = 0) -> bytes | None:
+        """What the client gets for this chunk of a choice, if anything. Raises EngineBroken."""
         try:
             chunk = _CHUNK.decode(data)
             choices = _CHOICES.decode(chunk.pop("choices", _NONE))
             for choice in choices:
-                self._rewrite(choice, part.index, reasons=_REASONING in data)
+                self._rewrite(choice, index, reasons=_REASONING in data)
         except (msgspec.MsgspecError, UnicodeDecodeError) as error:
             raise EngineBroken("The engine sent a chunk that is not an OpenAI chunk.") from error
         if not choices:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from anser.api.auth import Header
 from anser.api.context import Services
 from anser.api.errors import Headers
-from anser.api.exchange import Exchange
 from anser.core.errors import NotFound
 from anser.services.why import Step, Trail
 
@@ -44,14 +44,14 @@ def why_unknown() -> NotFound:
     return NotFound("There is no such request among the latest ones that you may see.")
 
 
-def why_headers(exchange: Exchange, request: str) -> Headers:
+def why_headers(services: Services, request: str, header: Header) -> Headers:
     """The header that tells it shortly, if the request asked for that and it is known."""
-    if exchange.header(_WISH) != "1":
+    if header(_WISH) != "1":
         return []
-    trail = exchange.services.gateway.whys.find(request)
+    trail = services.gateway.whys.find(request)
     if trail is None:
         return []
-    text = told(trail, exchange.services.clock.now())
+    text = told(trail, services.clock.now())
     return [(b"x-anser-why", text.encode("ascii", "replace"))]
 
 

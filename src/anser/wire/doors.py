@@ -23,7 +23,8 @@ from starlette.types import ASGIApp
 
 from anser.core.errors import ConfigError
 from anser.core.limits import ABORT_WAIT_S, IDLE_TIMEOUT_S
-from anser.wire.server import GuardSettings, guarded
+from anser.wire.server import GuardedProtocol, GuardSettings, guarded
+from anser.wire.turn import lane_of
 
 __all__ = [
     "Door",
@@ -37,6 +38,7 @@ __all__ = [
 
 _BACKLOG = 2_048
 _FLUSH_S = 3.0  # for the last bytes of what has finished
+_GOODBYE_S = 1.0  # for the last words to those that are cut short
 _TICK_S = 0.02
 _PRIVATE = 0o600
 
@@ -79,7 +81,7 @@ class Door:
             uvicorn.Config(
                 app,
                 interface="asgi3",  # a bound method would be taken for ASGI 2
-                http=guarded(guard),
+                http=guarded(guard, lane_of(app)),
                 ws="none",
                 lifespan="off",
                 log_config=None,
@@ -130,11 +132,25 @@ class _Server(uvicorn.Server):
             async with asyncio.timeout(0 if self.force_exit else _FLUSH_S):
                 while state.connections or state.tasks:  # noqa: ASYNC110 - nobody tells
                     await asyncio.sleep(_TICK_S)
+        told = self._cut_turns_short()
         cut_short = set(state.tasks)
         for task in cut_short:
             task.cancel()
         if cut_short:
             await asyncio.wait(cut_short, timeout=ABORT_WAIT_S + _FLUSH_S)  # they stop engines
+        with suppress(TimeoutError):
+            async with asyncio.timeout(_GOODBYE_S):
+                while told & state.connections:  # noqa: ASYNC110 - nobody tells
+                    await asyncio.sleep(_TICK_S)
+
+    def _cut_turns_short(self) -> set[object]:
+        """End the fast lane's answers; the connections of those that were told."""
+        connections: set[object] = set(self.server_state.connections)
+        return {
+            connection
+            for connection in connections
+            if isinstance(connection, GuardedProtocol) and connection.cut_short()
+        }
 
     @contextmanager
     def capture_signals(self) -> Generator[None]:

@@ -78,23 +78,23 @@ def body_of(version: str, headers: Headers) -> Body | None:
 class LengthBody:
     """A body of so many bytes."""
 
-    __slots__ = ("_left",)
+    __slots__ = ("left",)
 
     def __init__(self, length: int) -> None:
-        self._left = length
+        self.left = length  # of its bytes
 
     def __repr__(self) -> str:
-        return f"<LengthBody left={self._left}>"
+        return f"<LengthBody left={self.left}>"
 
     @property
     def complete(self) -> bool:
         """Whether its last byte has come."""
-        return self._left == 0
+        return self.left == 0
 
     def take(self, data: bytes | bytearray) -> int:
         """How many of these bytes belong to it."""
-        taken = min(len(data), self._left)
-        self._left -= taken
+        taken = min(len(data), self.left)
+        self.left -= taken
         return taken
 
 

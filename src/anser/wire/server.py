@@ -5,6 +5,9 @@ the parser's (wire/framing.py), and only then given to uvicorn, one request at a
 client sends ahead waits until the answer before it is out, so answers, and refusals too, keep
 their order. Where the parser and these rules disagree about an end, the request is refused.
 
+Requests that an application's fast lane serves (wire/turn.py) are not given to uvicorn at all,
+unless the lane declines.
+
 Whoever is slow is timed: a head or a body that does not arrive (408), a kept connection without a
 request (closed), an answer that is not read (cut off once the buffer has been full for too long).
 Refusals are in OpenAI's envelope; after one, what still comes is thrown away for a moment, so that
@@ -21,7 +24,6 @@ from __future__ import annotations
 import asyncio
 import re
 import secrets
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, cast
 
@@ -43,14 +45,17 @@ from anser.core.errors import (
     Overloaded,
 )
 from anser.wire.cors import Cors
-from anser.wire.framing import Body, body_of, check_head_bytes, check_headers
+from anser.wire.framing import Body, LengthBody, body_of, check_head_bytes, check_headers
 from anser.wire.proxies import Proxies
+from anser.wire.timer import Timer
+from anser.wire.turn import FastLane, Turn, lines_of
 
 __all__ = ["GuardSettings", "GuardedProtocol", "guarded"]
 
 _LINGER_S = 2.0  # for a client that has been refused to read why
 _DRAIN_S = 5.0  # for the rest of a body that its answer did not wait for
 _UPGRADE = re.compile(rb"(?i)(?<=\n)upgrade:[^\n]*\n")  # lines are clean: check_head_bytes
+_UNUSUAL = frozenset({b"expect", b"content-encoding"})  # left to uvicorn
 _HELD_BYTES_MAX = 64 * 1024  # of what a client sends ahead, at which reading pauses
 
 
@@ -68,15 +73,16 @@ class GuardSettings:
     cors: Cors = field(default_factory=Cors)
 
 
-def guarded(settings: GuardSettings) -> type[GuardedProtocol]:
+def guarded(settings: GuardSettings, lane: FastLane | None = None) -> type[GuardedProtocol]:
     """The protocol class to give to uvicorn as `http`."""
-    return type("GuardedProtocol", (GuardedProtocol,), {"settings": settings})
+    return type("GuardedProtocol", (GuardedProtocol,), {"settings": settings, "lane": lane})
 
 
 class GuardedProtocol(HttpToolsProtocol):
     """One client's connection."""
 
     settings: ClassVar[GuardSettings] = GuardSettings()
+    lane: ClassVar[FastLane | None] = None
 
     def __init__(self, *args: Any, **named: Any) -> None:
         super().__init__(*args, **named)
@@ -88,11 +94,15 @@ class GuardedProtocol(HttpToolsProtocol):
         self._message_seen = False
         self._busy = False  # an answer is still to be sent
         self._refused = False
+        self._turn: Turn | None = None  # the present request, while the lane answers it
+        self._on_lane = False  # the present request is not uvicorn's
         self._common = self.server_state.default_headers  # of the present answer, or a refusal
+        self._shared = ([*self._common], b"")  # the same as it is sent; of a list that is no more
+        self._peers: dict[str, object] = {}  # both ends, as an ASGI scope has them
         self._proxied = False  # the other end is a trusted proxy
-        self._head_timer = _Timer(self.loop)
-        self._body_timer = _Timer(self.loop)
-        self._write_timer = _Timer(self.loop)
+        self._head_timer = Timer(self.loop)
+        self._body_timer = Timer(self.loop)
+        self._write_timer = Timer(self.loop)
 
     def __repr__(self) -> str:
         state = "refused" if self._refused else "busy" if self._busy else "waiting"
@@ -103,6 +113,7 @@ class GuardedProtocol(HttpToolsProtocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Called by the event loop."""
         super().connection_made(transport)
+        self._peers = {"client": self.client, "server": self.server}
         if self.client is not None:
             self._proxied = self.settings.proxies.trusts(self.client[0])
         if len(self.connections) > self.settings.connections_max:
@@ -115,6 +126,7 @@ class GuardedProtocol(HttpToolsProtocol):
         self._refused = True
         self._stop_timers()
         self._unset_keepalive_if_required()
+        self._leave_turn()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
@@ -129,11 +141,18 @@ class GuardedProtocol(HttpToolsProtocol):
         """Called by the transport: the client does not read."""
         super().pause_writing()
         self._time_write()
+        if self._turn is not None and self._turn.visit is not None:
+            self._turn.visit.pause()
 
     def resume_writing(self) -> None:
         """Called by the transport: the client reads."""
         super().resume_writing()
         self._write_timer.stop()
+        if self._turn is not None and self._turn.visit is not None:
+            self._turn.visit.resume()
+        elif self._inbox and not self._busy:
+            self.flow.resume_reading()
+            self._advance()
 
     # Cutting what comes into requests
 
@@ -143,7 +162,10 @@ class GuardedProtocol(HttpToolsProtocol):
                 pass
         except AnserError as error:
             self._refuse(error)
-        if len(self._inbox) > _HELD_BYTES_MAX and self._busy and self._body is None:
+        if self._turn is not None and not self._turn.asked:
+            self._attend(self._turn)
+        waits = self._busy or self.flow.write_paused
+        if len(self._inbox) > _HELD_BYTES_MAX and waits and self._body is None:
             self.flow.pause_reading()
 
     def _step(self) -> bool:
@@ -151,7 +173,7 @@ class GuardedProtocol(HttpToolsProtocol):
         if self._body is not None:
             self._take_body(self._body)
             return True
-        return not self._busy and self._take_head()
+        return not self._busy and not self.flow.write_paused and self._take_head()
 
     def _take_head(self) -> bool:
         while self._inbox.startswith(b"\r\n"):
@@ -214,14 +236,43 @@ class GuardedProtocol(HttpToolsProtocol):
         if parser.should_upgrade():
             raise Malformed("Nothing is tunnelled here.")
         self._head_seen = True
-        if self._proxied:
-            self._name_client()
+        self._on_lane = version == "1.1" and self._is_for_lane(parser.get_method())
+        if self._on_lane:
+            self._begin_turn(keep_alive=parser.should_keep_alive())
+        else:
+            self._begin_cycle(version)
+        self._busy = True
+
+    def _is_for_lane(self, method: bytes) -> bool:
+        """Whether the application's lane serves it, and nothing about it is unusual."""
+        lane, body = self.lane, self._body
+        if lane is None or self.url not in lane.targets or not isinstance(body, LengthBody):
+            return False
+        if method != b"POST" or body.left > lane.body_bytes_max:
+            return False
+        return all(name not in _UNUSUAL for name, _ in self.headers)
+
+    def _begin_turn(self, *, keep_alive: bool) -> None:
+        self._common = self.server_state.default_headers
+        if self.settings.cors:
+            shared = self.settings.cors.headers(self.headers, preflight=False)
+            self._common = [*self._common, *shared]
+        self._turn = Turn(
+            self,
+            target=self.url,
+            headers=self.headers,
+            origin=self._origin(),
+            keep_alive=keep_alive,
+        )
+
+    def _begin_cycle(self, version: str) -> None:
+        """Let uvicorn begin."""
+        cast("dict[str, object]", self.scope).update(self._origin())
         super().on_headers_complete()
         if self.settings.cors:
             self._share()
         if version == "1.0":
             self.cycle.__class__ = _OldCycle
-        self._busy = True
 
     def _share(self) -> None:
         """Let the browser show the answer to the page that asks, if it may read it."""
@@ -232,21 +283,100 @@ class GuardedProtocol(HttpToolsProtocol):
         if preflight:
             cast("dict[str, object]", self.scope)["preflight"] = True
 
-    def _name_client(self) -> None:
-        """Tell the application who asked the proxy, and that there is one."""
+    def _origin(self) -> dict[str, object]:
+        """Who asks; behind a proxy who asked that, and that there is one."""
+        if not self._proxied:
+            return self._peers
         assert self.client is not None
         asked = self.settings.proxies.asked(self.client[0], self.headers)
-        scope = cast("dict[str, object]", self.scope)
-        scope["client"] = (asked.address, 0)
-        scope["scheme"] = asked.scheme or scope["scheme"]
-        scope["proxy"] = self.client[0]
+        return {
+            "client": (asked.address, 0),
+            "server": self.server,
+            "scheme": asked.scheme or self.scheme,
+            "proxy": self.client[0],
+        }
+
+    def on_body(self, body: bytes) -> None:
+        """Called by the parser."""
+        if not self._on_lane:
+            super().on_body(body)
+        elif self._turn is not None:
+            self._turn.grow(body)
 
     def on_message_complete(self) -> None:
         """Called by the parser."""
         self._message_seen = True
+        if not self._on_lane:
+            super().on_message_complete()
+
+    # The fast lane
+
+    def _attend(self, turn: Turn) -> None:
+        """Let the lane know how far its request has come."""
+        if turn.visit is None:
+            assert self.lane is not None
+            turn.visit = self.lane.meet(turn)
+        if not turn.over:
+            turn.visit.grew()
+        if not turn.over and self._body is None:
+            turn.asked = True
+            if not turn.visit.ask():
+                self._hand_over(turn)
+
+    def _hand_over(self, turn: Turn) -> None:
+        """Let uvicorn begin with a request that the lane has declined."""
+        self._turn, self._on_lane = None, False
+        self._begin_cycle("1.1")
+        self.cycle.keep_alive = turn.keep_alive  # the parser is past it
+        super().on_body(bytes(turn.body))
         super().on_message_complete()
 
+    def _leave_turn(self) -> Turn | None:
+        """The client of the present turn, if there is one, has left, or is cut off."""
+        turn, self._turn = self._turn, None
+        if turn is not None:
+            turn.leave()
+        return turn
+
+    def shared_lines(self) -> bytes:
+        """Called by a turn: the header lines that every answer begins with."""
+        if self._shared[0] is not self._common:
+            self._shared = self._common, lines_of(self._common)
+        return self._shared[1]
+
+    def listen(self) -> None:
+        """Called by a turn: read on, or nobody sees whether the client has left."""
+        self.flow.resume_reading()
+
+    def turn_over(self) -> None:
+        """Called by a turn: its answer is out. Others have their turn before this client's next."""
+        turn, self._turn = self._turn, None
+        if turn is not None and not turn.keep_alive:
+            self.transport.close()
+        if self._inbox:
+            self.loop.call_soon(self._next)
+        else:
+            self.on_response_complete()
+
+    def _next(self) -> None:
+        if not self._refused:
+            self.on_response_complete()
+
+    def cut_short(self) -> bool:
+        """The platform ends: tell the client of the present turn; False if there is none."""
+        if self._turn is None or self._turn.visit is None:
+            return False
+        self._turn.visit.stop()
+        return True
+
     # uvicorn
+
+    def shutdown(self) -> None:
+        """Called by the server: end after the present answer."""
+        if self._turn is not None:
+            self._turn.keep_alive = False
+        else:
+            super().shutdown()
 
     def on_response_complete(self) -> None:
         """Called when an answer is out: the next request may begin."""
@@ -307,12 +437,13 @@ class GuardedProtocol(HttpToolsProtocol):
         self._stop_timers()
         self._unset_keepalive_if_required()
         self._inbox.clear()
-        cycle = self.cycle if self._busy else None
+        turn = self._leave_turn()
+        cycle = self.cycle if self._busy and not self._on_lane else None
         if cycle is not None:
             cycle.disconnected = True
             cycle.message_event.set()
             self.flow.resume_writing()
-        if cycle is not None and cycle.response_started:
+        if (cycle is not None and cycle.response_started) or (turn is not None and turn.started):
             self.transport.abort()
             return
         self.transport.write(_refusal(error, self._common))
@@ -337,36 +468,6 @@ class _OldCycle(RequestResponseCycle):
         await super().send(message)
 
 
-class _Timer:
-    """One thing that happens once, unless it is stopped before."""
-
-    __slots__ = ("_handle", "_loop")
-
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        self._loop = loop
-        self._handle: asyncio.TimerHandle | None = None
-
-    @property
-    def running(self) -> bool:
-        """Whether it is still to happen."""
-        return self._handle is not None
-
-    def start(self, delay_s: float, action: Callable[[], None]) -> None:
-        """Do it in `delay_s` seconds, counted from now."""
-        self.stop()
-        self._handle = self._loop.call_later(delay_s, self._fire, action)
-
-    def stop(self) -> None:
-        """Do not do it."""
-        if self._handle is not None:
-            self._handle.cancel()
-            self._handle = None
-
-    def _fire(self, action: Callable[[], None]) -> None:
-        self._handle = None
-        action()
-
-
 def _refusal(error: AnserError, default_headers: list[tuple[bytes, bytes]]) -> bytes:
     """The whole answer, in OpenAI's envelope."""
     envelope = {
@@ -383,5 +484,4 @@ def _refusal(error: AnserError, default_headers: list[tuple[bytes, bytes]]) -> b
         (b"x-request-id", f"req_{secrets.token_hex(12)}".encode()),
         (b"connection", b"close"),
     ]
-    lines = b"".join(b"%b: %b\r\n" % pair for pair in headers)
-    return STATUS_LINE[error.status] + lines + b"\r\n" + body
+    return STATUS_LINE[error.status] + lines_of(headers) + b"\r\n" + body
