@@ -270,9 +270,26 @@ async def test_a_bug_at_the_very_end_is_told() -> None:
         ear.trouble = ZeroDivisionError()
         line.receiver.ended()
         await flight.gone()
-        assert ear.heard == ["began", "a"]
+        assert ear.heard == ["began", "a", "failed"]
         [receipt] = await pool.receipts()
         assert receipt.outcome is Outcome.FINISHED
+
+
+async def test_what_is_abandoned_waits_for_no_engine() -> None:
+    """The platform ends: the receipt is there at once, and the engine's stop changes nothing."""
+    node = Caller(slow=True)
+    async with open_pool({"a": node}) as pool:
+        ear = Ear()
+        flight = listen(pool, ear)
+        [line] = node.lines
+        say(line, chunk("a"))
+        flight.abandon()
+        flight.abandon()
+        assert (flight.over, pool.gateway.scheduler.running) == (True, 0)
+        assert line.stopped is not None
+        line.stopped()
+        [receipt] = await pool.receipts()
+        assert receipt.outcome is Outcome.CANCELLED
 
 
 async def test_what_comes_too_late_is_nobodys() -> None:
