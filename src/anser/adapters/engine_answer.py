@@ -238,7 +238,7 @@ class Answer:
                 receiver.chunk(self._waiting.popleft())
         finally:
             self._telling = False
-        if self._over and not self._waiting and not self._paused:
+        if self._over and not self._paused:
             self._tell_end()
 
     def _tell_end(self) -> None:
