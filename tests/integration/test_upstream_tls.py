@@ -140,7 +140,7 @@ async def test_what_does_not_speak_tls(tmp_path: Path) -> None:
 
 
 async def test_an_engine_that_speaks_with_the_end_of_the_handshake(tmp_path: Path) -> None:
-    """What comes before anything was asked is no answer: the connection is not used."""
+    """What is handed over before anything was asked is no answer: the connection is not used."""
     file = certificate(tmp_path)
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.maximum_version = ssl.TLSVersion.TLSv1_2  # in which the server has the last word

@@ -421,6 +421,7 @@ async def test_a_slow_reader_of_an_answer_stops_its_engine() -> None:
         assert int(repr(chunks).split("unread=")[1].split()[0]) < 1 << 20
         assert sent < words
         assert len([chunk async for chunk in chunks]) == words - 1
+        assert "unread=0" in repr(chunks)
 
 
 async def test_a_closing_engine_tells_all_who_receive() -> None:

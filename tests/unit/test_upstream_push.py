@@ -219,8 +219,14 @@ async def test_leaving_before_the_end_hangs_up(said: list[bytes]) -> None:
 
 
 def finishing(upstream: Upstream) -> tuple[Heard, Question]:
-    """A listener that has seen enough with the first bytes of a body."""
-    heard = Heard(on=lambda what: question.finish() if what == "data" else None)
+    """A listener that has seen enough with the first bytes of a body; it had paused, too."""
+
+    def on(what: str) -> None:
+        if what == "data":
+            question.pause()
+            question.finish()
+
+    heard = Heard(on)
     question = ask(upstream, heard)
     return heard, question
 
@@ -354,6 +360,22 @@ async def test_pausing_stops_the_upstream() -> None:
         question.resume()
         assert (await ended(heard))[-1] == "complete"
         assert len(heard.body) == 33_554_432
+
+
+def pausing(upstream: Upstream) -> Heard:
+    """A listener that pauses whenever bytes of a body come."""
+    heard = Heard(on=lambda what: question.pause() if what == "data" else None)
+    question = ask(upstream, heard)
+    return heard
+
+
+async def test_pausing_with_the_last_bytes() -> None:
+    """An answer that is whole ends in spite of a pause, which the next one inherits nothing of."""
+    async with talking(always) as (hostile, upstream):
+        for _ in range(3):
+            heard = pausing(upstream)
+            assert (await ended(heard))[-1] == "complete"
+        assert hostile.connections == 1
 
 
 @pytest.mark.parametrize("when", ["head 200", "data", "complete"])

@@ -11,8 +11,8 @@ Chunks that a packet brings are queued, and told from the queue's front until th
 so it may pause, resume or abort from within any call. While it pauses, the next packet pauses the
 connection.
 
-Invariants: at most one chunk's limit of bytes and one packet are held; the end is told once, after
-all chunks; after the end or an abort nothing is told.
+Invariants: at most one chunk's limit of bytes and two packets are held; the end is told once, after
+all chunks; after the end or an abort nothing is told; the key appears in no message.
 """
 
 from __future__ import annotations
@@ -238,7 +238,7 @@ class Answer:
                 receiver.chunk(self._waiting.popleft())
         finally:
             self._telling = False
-        if self._over and not self._waiting and not self._paused:
+        if self._over and not self._paused:
             self._tell_end()
 
     def _tell_end(self) -> None:

@@ -72,7 +72,7 @@ class Listener(Protocol):
         ...
 
     def complete(self) -> None:
-        """The body has come whole; the connection already serves others."""
+        """The body has come whole; the connection may serve others already."""
         ...
 
     def failed(self, error: EngineError) -> None:

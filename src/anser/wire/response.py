@@ -1,8 +1,8 @@
 """An answer that is awaited and read, by whoever has a task to wait in.
 
 Theory of operation. A Response listens to its Question and keeps what comes until it is read.
-Beyond the bound the upstream is paused, until all that waits has been read. It is asked by
-`Upstream.send`; answers that are passed on as they come need no Response, but a listener.
+Beyond the bound the upstream is paused, until all that waits has been read. `Upstream.send` makes
+one; an answer that is passed on as it comes has a listener of its own instead.
 """
 
 from __future__ import annotations
