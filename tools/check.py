@@ -17,6 +17,7 @@ import shutil
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -67,6 +68,32 @@ class CheckError(Exception):
     """A check failed, or what it needs cannot be had. The message is for people."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """Commands that run one after the other, each line of theirs under one label."""
+
+    label: str
+    commands: list[list[str]]
+    env: dict[str, str]
+
+    def run(self) -> str | None:
+        """Run them until one fails; returns how to run that one again."""
+        for command in self.commands:
+            with subprocess.Popen(
+                command,
+                cwd=ROOT,
+                env=self.env,
+                text=True,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+            ) as program:
+                for line in program.stdout or ():
+                    print(f"{self.label}| {line}", end="", flush=True)
+            if program.returncode:
+                return f"{self.label} (exit {program.returncode}); again: {shlex.join(command)}"
+        return None
+
+
 @dataclass(slots=True)
 class Run:
     """One run of checks: tells each by name and time."""
@@ -82,6 +109,17 @@ class Run:
             code = subprocess.run(command, cwd=ROOT, env=env, check=False).returncode
             if code:
                 raise CheckError(f"{name} (exit {code}); again: {shlex.join(command)}")
+        self.passed += 1
+        print(f"-- {name}: {time.monotonic() - begun:.1f} s", flush=True)
+
+    def together(self, name: str, *rows: Row) -> None:
+        """Run rows side by side, as one check; raise CheckError when a command of one fails."""
+        print(f"\n== {name}", flush=True)
+        begun = time.monotonic()
+        with ThreadPoolExecutor(len(rows)) as threads:
+            failed = [failure for failure in threads.map(Row.run, rows) if failure]
+        if failed:
+            raise CheckError("; ".join(failed))
         self.passed += 1
         print(f"-- {name}: {time.monotonic() - begun:.1f} s", flush=True)
 
@@ -134,10 +172,11 @@ def check_all(run: Run, interpreters: dict[str, Interpreter]) -> None:
     prepare(run, chief)
     check_code(run, chief)
     check_tests(run, chief)
-    for other in interpreters.values():
-        if other is not chief:
-            prepare(run, other)
-            check_quickly(run, other)
+    others = [each for each in interpreters.values() if each is not chief]
+    for other in others:
+        prepare(run, other)
+    if others:
+        check_quickly(run, others)
 
 
 def check_code(run: Run, chief: Interpreter) -> None:
@@ -155,11 +194,12 @@ def check_tests(run: Run, chief: Interpreter) -> None:
     """Every test, and how much of the code they run: in this process and in those they start."""
     env = environ(chief)
     coverage = [python(chief), "-m", "coverage"]
-    run.step(
+    pytest = [*coverage, "run", "-m", "pytest"]
+    run.step("no coverage yet", [*coverage, "erase"], env=env)
+    run.together(
         f"tests on {chief.version}",
-        [*coverage, "erase"],
-        [*coverage, "run", "-m", "pytest", *quick_trees(), *slow_trees()],
-        env=env,
+        Row(label="parts", commands=[[*pytest, *quick_trees()]], env=env),
+        Row(label="whole", commands=[[*pytest, *slow_trees()]], env=env),
     )
     run.step(
         "coverage: 95 overall, 100 in core",
@@ -170,15 +210,16 @@ def check_tests(run: Run, chief: Interpreter) -> None:
     )
 
 
-def check_quickly(run: Run, other: Interpreter) -> None:
+def check_quickly(run: Run, others: list[Interpreter]) -> None:
     """The tests that take seconds, and the few end-to-end ones marked for every interpreter."""
+    run.together("quick tests on newer interpreters", *map(quick_row, others))
+
+
+def quick_row(other: Interpreter) -> Row:
+    """These tests, on one interpreter."""
     pytest = [python(other), "-m", "pytest", "-q"]
-    run.step(
-        f"quick tests on {other.version}",
-        [*pytest, "-m", QUICK_MARKS, *quick_trees()],
-        [*pytest, "-m", "smoke", "tests"],
-        env=environ(other),
-    )
+    parts, smoke = [*pytest, "-m", QUICK_MARKS, *quick_trees()], [*pytest, "-m", "smoke", "tests"]
+    return Row(label=other.short, commands=[parts, smoke], env=environ(other))
 
 
 def quick_trees() -> list[str]:
