@@ -205,14 +205,17 @@ async def test_faults(tmp_path: Path, kind: FaultKind, after: int) -> None:
     def fault(_: Call) -> Fault:
         return Fault(kind=kind, after_tokens=after)
 
+    async def told(way: str, body: dict[str, Any]) -> bytes:
+        """By a platform of its own, for a node that fails is not asked again at once."""
+        async with (
+            stage(tmp_path, fault=fault, settings=settings) as scene,
+            two_ways(scene) as ways,
+        ):
+            return await ways.say(way, request(body) + LAST)
+
     for body in (HELLO, STREAM):
-        async with stage(tmp_path, fault=fault, settings=settings) as scene:
-            async with two_ways(scene) as ways:
-                fast = await ways.say("fast", request(body) + LAST)
-        async with stage(tmp_path, fault=fault, settings=settings) as scene:
-            async with two_ways(scene) as ways:
-                plain = await ways.say("plain", request(body) + LAST)
-        assert fast == plain
+        fast = await told("fast", body)
+        assert fast == await told("plain", body)
         assert b'"error"' in fast
 
 
@@ -291,6 +294,7 @@ class Verbose(MemoryEngine):
     @asynccontextmanager
     async def generate(self, call: Call) -> AsyncGenerator[AsyncIterator[bytes]]:
         """Open one answer."""
+        assert call.body["stream"]
 
         async def chunks() -> AsyncGenerator[bytes]:
             for _ in range(200):
