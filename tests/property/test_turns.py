@@ -164,12 +164,12 @@ _REQUESTS = st.builds(
     _LINES,
     st.sampled_from([TARGET, TARGET, b"/other", b"/count?q"]),
 )
+_CHUNKED = b"POST /count HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n"
 _ODD = st.sampled_from(
     [
         b"GET /count HTTP/1.1\r\nHost: a\r\n\r\n",
         b"POST /count HTTP/1.0\r\nContent-Length: 3\r\n\r\nold",
-        b"POST /count HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n"
-        b"2\r\nab\r\n0\r\n\r\n",
+        _CHUNKED + b"2\r\nab\r\n0\r\n\r\n",
         b"POST /count HTTP/1.1\r\nContent-Length: 3\r\n\r\nabc",
         b"\r\n",
         b"nonsense\r\n\r\n",

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from secrets import token_hex
+from os import urandom
 
 from anser.api import sse
 from anser.api.auth import Doorkeeper
@@ -85,7 +85,7 @@ class _Visit:
     )
 
     def __init__(self, lane: InferenceLane, turn: Turn) -> None:
-        self.id = "req_" + token_hex(12)
+        self.id = "req_" + urandom(12).hex()
         self.turn = turn
         self.silent = False  # since the watch last looked
         self._lane = lane
