@@ -110,7 +110,11 @@ class Answer:
             self.flight.leave()
         else:
             self.flight.spoil(error)
-        await self.flight.gone()
+        try:
+            await self.flight.gone()
+        except asyncio.CancelledError:
+            self.flight.abandon()  # nobody may wait any longer
+            raise
 
     def _check(self) -> None:
         if self._error is not None:

@@ -107,6 +107,7 @@ class Flight:
         "_run",
         "_state",
         "_stream",
+        "_told",
         "lease",
         "node",
     )
@@ -125,7 +126,7 @@ class Flight:
         self._opening: deque[tuple[Piece, int]] = deque()
         self._ending = Ending(run.demand.output_tokens_max)
         self._failure: AnserError | None = None
-        self._left = False
+        self._left = self._told = False
         self._gone: asyncio.Future[None] | None = None
         self._alarm = Alarm(self._ring, early_s=self._gap_s)
 
@@ -189,6 +190,12 @@ class Flight:
         """What has come cannot be passed on: it fails, and its node has done so."""
         if self._state in _ENGINES_TURN:
             self._fail(error)
+
+    def abandon(self) -> None:
+        """Leave, and do not wait until the engine has stopped: the platform ends."""
+        self.leave()
+        if self._state is _State.STOPPING:
+            self._safely(self._cancel)
 
     async def gone(self) -> None:
         """Return when it has ended."""
@@ -397,7 +404,8 @@ class Flight:
             stream.abort(lambda: self._stopped(then))
 
     def _stopped(self, then: Callable[[], None]) -> None:
-        self._safely(self._cancel if self._left else then)
+        if self._state is _State.STOPPING:  # else nobody could wait any longer
+            self._safely(self._cancel if self._left else then)
 
     def _cancel(self) -> None:
         """The client has left and the engine has stopped: free all, and leave the receipt."""
@@ -431,19 +439,24 @@ class Flight:
         if failure is None:
             self._safely(self._tell_end)
         else:
-            self._safely(lambda: self._reader.failed(failure))
+            self._safely(lambda: self._tell_failure(failure))
 
     def _tell_end(self) -> None:
         """The pieces that were held back, and that they were the last."""
-        for piece in self._ending.pieces:
-            if piece.usage is not None:
-                piece.usage = self.usage
-            try:
+        try:
+            for piece in self._ending.pieces:
+                if piece.usage is not None:
+                    piece.usage = self.usage
                 self._reader.piece(piece)
-            except AnserError as error:
-                self._reader.failed(error)
-                return
-        self._reader.ended()
+        except AnserError as error:
+            self._tell_failure(error)
+        else:
+            self._reader.ended()
+            self._told = True
+
+    def _tell_failure(self, error: AnserError) -> None:
+        self._told = True
+        self._reader.failed(error)
 
     def _end(self) -> None:
         self._state = _State.ENDED
@@ -464,9 +477,9 @@ class Flight:
         known = bug(error, request=self._run.demand.id)
         if self._failure is None and self._state not in (_State.SETTLING, _State.ENDED):
             self._fail(known)
-        elif self._state is not _State.ENDED:
+        elif not (self._told or self._left):
             self._end()
-            self._reader.failed(known)
+            self._tell_failure(known)
 
     def _ring(self) -> None:
         self._safely(self._be_late)

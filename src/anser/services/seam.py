@@ -142,6 +142,7 @@ def without_role(piece: Piece) -> Piece | None:
         data=msgspec.json.encode(chunk),
         text=piece.text,
         plain=piece.plain,
+        listed=piece.listed,
         finish=piece.finish,
         usage=piece.usage,
     )
