@@ -1,6 +1,6 @@
 """From a body to demands: one for each answer, within bounds, with the engines' own fields only.
 
-What passes here for each request is msgspec's, which is made in a tenth of a frozen dataclass's time.
+What passes here for each request is msgspec's, made in a tenth of a frozen dataclass's time.
 """
 
 from __future__ import annotations

@@ -126,8 +126,8 @@ class GuardedProtocol(HttpToolsProtocol):
         self._refused = True
         self._stop_timers()
         self._unset_keepalive_if_required()
-        self._leave_turn()
         super().connection_lost(exc)
+        self._leave_turn()
 
     def data_received(self, data: bytes) -> None:
         """Called by the event loop."""
@@ -314,14 +314,17 @@ class GuardedProtocol(HttpToolsProtocol):
 
     def _attend(self, turn: Turn) -> None:
         """Let the lane know how far its request has come."""
-        if turn.visit is None:
+        visit = turn.visit
+        if visit is None:
             assert self.lane is not None
-            turn.visit = self.lane.meet(turn)
+            visit = self.lane.meet(turn)
+            if not turn.over:
+                turn.visit = visit
         if not turn.over:
-            turn.visit.grew()
+            visit.grew()
         if not turn.over and self._body is None:
             turn.asked = True
-            if not turn.visit.ask():
+            if not visit.ask():
                 self._hand_over(turn)
 
     def _hand_over(self, turn: Turn) -> None:
@@ -352,7 +355,9 @@ class GuardedProtocol(HttpToolsProtocol):
     def turn_over(self) -> None:
         """Called by a turn: its answer is out. Others have their turn before this client's next."""
         turn, self._turn = self._turn, None
-        if turn is not None and not turn.keep_alive:
+        assert turn is not None, self
+        turn.visit = None  # which knows the turn
+        if not turn.keep_alive:
             self.transport.close()
         if self._inbox:
             self.loop.call_soon(self._next)
