@@ -10,6 +10,7 @@ have keys, unless a key came twice.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from contextlib import suppress
 from typing import cast
 
@@ -22,6 +23,7 @@ from anser.core.limits import JSON_DEPTH_MAX, JSON_MARKS_MAX
 __all__ = ["decode_object", "depth_exceeds"]
 
 _SQUARE = bytes.maketrans(b"{}", b"[]")
+_NESTS = (dict, list)
 _NOT_SKELETON = bytes(set(range(256)) - set(b"{}[]:,"))
 
 
@@ -80,13 +82,14 @@ def _skeleton(text: bytes) -> bytes:
     raise RequestError(f"The body has more than {JSON_MARKS_MAX} values.")
 
 
-def _count_keys(value: object) -> int:
+def _count_keys(value: dict[str, object] | list[object]) -> int:
+    count, within = 0, cast("Iterable[object]", value)
     if isinstance(value, dict):
-        entries = cast("dict[str, object]", value)
-        return len(entries) + sum(map(_count_keys, entries.values()))
-    if isinstance(value, list):
-        return sum(map(_count_keys, cast("list[object]", value)))
-    return 0
+        count, within = len(value), value.values()
+    for each in within:
+        if isinstance(each, _NESTS):
+            count += _count_keys(cast("dict[str, object] | list[object]", each))
+    return count
 
 
 def _duplicate(text: bytes) -> str:
