@@ -26,7 +26,7 @@ from typing import Any, Self
 import msgspec
 
 from anser.adapters.engine_errors import broken_json, error_in, error_of
-from anser.core.errors import EngineBroken, EngineError
+from anser.core.errors import AnserError, EngineBroken, EngineError
 from anser.core.limits import ENGINE_BUFFER_BYTES
 from anser.ports import Receiver, Stream
 from anser.wire.connection import Head, Question
@@ -262,7 +262,7 @@ class Chunks:
         self._chunks: deque[bytes] = deque()
         self._unread = 0
         self._ended = False
-        self._error: EngineError | None = None
+        self._error: AnserError | None = None
         self._news = asyncio.Event()
 
     def __repr__(self) -> str:
@@ -311,7 +311,7 @@ class Chunks:
         self._ended = True
         self._news.set()
 
-    def failed(self, error: EngineError) -> None:
+    def failed(self, error: AnserError) -> None:
         """No more comes."""
         self._error = error
         self._news.set()
