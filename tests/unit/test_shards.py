@@ -48,7 +48,7 @@ def test_a_borrowed_slot_goes_back_when_its_lease_ends() -> None:
 
 def test_own_members_go_first_among_equals() -> None:
     """A slot stays with its owner unless somebody elsewhere is further behind than the window."""
-    ring = Ring("s", "t", rules=replace(STRICT, window=1_000 * CREDIT))
+    ring = Ring("s", "t", rules=replace(STRICT, window=4_000 * CREDIT))
     ring.submit("t", "r", "b")
     ring.submit("s", "q", "a")
     ring.talk()
@@ -95,6 +95,45 @@ def test_a_slot_that_is_under_way_counts_as_used() -> None:
     ring.talk()
     assert ring.node("s", "n", 2) == ["q2.1 n"]
     assert ring.talk() == ["r.1 n"]
+
+
+def test_two_shards_do_not_start_the_same_member_at_once() -> None:
+    """A free slot is for who is least where it is that shard's turn to start it, else the next."""
+    ring = Ring("s", "t", rules=replace(STRICT, window=4_000 * CREDIT, candidates=16))
+    ring.node("s", "n", 1)
+    for number, (member, output) in enumerate((("a", 0), ("a", 0), ("b", 10))):
+        ring.submit("s", f"p{number}", member)
+        ring.finish("s", f"p{number}.1", output=output)
+    ring.node("s", "n", 0)
+    for name in ring.shards:
+        for member in ("a", "b"):
+            ring.submit(name, f"{member}{name}", member)
+    ring.talk()
+    ring.node("t", "o", 0)
+    assert ring.node("s", "n", 1) == ["as.1 n"], "two of its requests have started: the first's"
+    assert ring.node("t", "o", 1) == ["bt.1 o"]
+
+
+def test_the_turn_to_start_a_member_goes_round() -> None:
+    """With each start it is another shard's of those where the member waits and that are there."""
+    ring = Ring("s", "t", "u")
+    for name in ("s", "t"):
+        for number in range(4):
+            ring.submit(name, f"{name}{number}")
+    ring.talk()
+    neighbours = ring.shards["s"]._neighbours
+    assert neighbours.starter("a") == "s"
+    assert neighbours.starter("nobody") == "s"
+    ring.node("s", "n", 1)
+    assert neighbours.starter("a") == "t"
+    ring.finish("s", "s0.1")
+    assert ring.talk(4) == ["t0.1 n"]
+    assert neighbours.starter("a") == "s"
+    ring.node("s", "n", 2)
+    assert neighbours.starter("a") == "t"
+    ring.now += 2 * ring.gossip.lost_s
+    neighbours.now = ring.now
+    assert neighbours.starter("a") == "s", "the other has not been heard of"
 
 
 def test_what_others_than_the_caller_served_counts() -> None:

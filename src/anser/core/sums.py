@@ -47,6 +47,7 @@ class Row:
     turns: int = 0  # how often it has begun or ceased to wait there: odd while it waits
     came: int = 0  # requests that began to wait there, and that began to run
     left: int = 0  # that ceased to
+    started: int = 0  # requests of it and all below it that were given a slot
     lift: int = 0  # its key less what all shards have raised it by
     virtual: int = 0  # the largest key among its children that has ever been given a slot
 
@@ -65,6 +66,7 @@ class Row:
             turns=max(self.turns, other.turns),
             came=max(self.came, other.came),
             left=max(self.left, other.left),
+            started=max(self.started, other.started),
             lift=max(self.lift, other.lift),
             virtual=max(self.virtual, other.virtual),
         )
@@ -85,6 +87,7 @@ class _Entry:
     turns: int = 0
     came: int = 0
     left: int = 0
+    started: int = 0
     rows: dict[str, Row] = field(default_factory=dict[str, Row])
 
     def own(self) -> Row:
@@ -97,6 +100,7 @@ class _Entry:
             turns=self.turns,
             came=self.came,
             left=self.left,
+            started=self.started,
             lift=self.lift,
             virtual=self.virtual,
         )
@@ -147,6 +151,16 @@ class Sums:
         rows = [entry.rows.get(shard) for shard in shards] if entry else []
         return any(row.turns % 2 for row in rows if row)
 
+    def waits(self, account: str) -> bool:
+        """Whether it waits here."""
+        entry = self._entries.get(account)
+        return entry is not None and entry.turns % 2 == 1
+
+    def started(self, account: str) -> int:
+        """How many of its requests all shards have given a slot."""
+        entry = self._entries.get(account)
+        return sum(row.started for row in _rows(entry)) if entry else 0
+
     def in_flight_at(self, account: str, shards: Iterable[str]) -> int:
         """How many of its requests wait or run at these other shards, as far as is known."""
         entry = self._entries.get(account)
@@ -166,6 +180,10 @@ class Sums:
         """Let its key be at least this."""
         entry = self._change(account)
         entry.lift = max(entry.lift, key - entry.raised)
+
+    def start(self, account: str) -> None:
+        """A request of it, or of one below it, was given a slot here."""
+        self._change(account).started += 1
 
     def advance(self, account: str, key: int) -> None:
         """A child of it that had this key was given a slot."""
