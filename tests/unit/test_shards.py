@@ -11,9 +11,10 @@ from anser.core.events import (
     NodeGone,
     Progressed,
 )
-from anser.core.gossip import UNHEARD_MAX, Lent, Loan, Neighbour, Returned
+from anser.core.gossip import UNHEARD_MAX, Lent, Loan, Neighbour, Neighbours, Returned
 from anser.core.ledger import Usage
 from anser.core.rules import DESIGN, STRICT
+from anser.core.sums import Row, Sums
 from tests.ring import MODELS, Ring
 from tests.scheduling import CREDIT
 
@@ -116,24 +117,24 @@ def test_two_shards_do_not_start_the_same_member_at_once() -> None:
 
 def test_the_turn_to_start_a_member_goes_round() -> None:
     """With each start it is another shard's of those where the member waits and that are there."""
-    ring = Ring("s", "t", "u")
-    for name in ("s", "t"):
-        for number in range(4):
-            ring.submit(name, f"{name}{number}")
-    ring.talk()
-    neighbours = ring.shards["s"]._neighbours
+    sums = Sums(10)
+    neighbours = Neighbours("s", ["t", "u"], sums, lost_s=2.0)
+    neighbours.now = 0.0
+    for one in neighbours.all.values():
+        one.heard_at = 0.0
+    assert neighbours.starter("a") == "s", "who waits nowhere"
+    sums.merge("t", [Row(account="a", turns=1)])
+    assert neighbours.starter("a") == "t", "the only one where it waits"
+    sums.turn("a", waits=True)
     assert neighbours.starter("a") == "s"
-    assert neighbours.starter("nobody") == "s"
-    ring.node("s", "n", 1)
+    sums.start("a")
     assert neighbours.starter("a") == "t"
-    ring.finish("s", "s0.1")
-    assert ring.talk(4) == ["t0.1 n"]
+    sums.merge("t", [Row(account="a", turns=1, started=1)])
     assert neighbours.starter("a") == "s"
-    ring.node("s", "n", 2)
+    sums.start("a")
     assert neighbours.starter("a") == "t"
-    ring.now += 2 * ring.gossip.lost_s
-    neighbours.now = ring.now
-    assert neighbours.starter("a") == "s", "the other has not been heard of"
+    neighbours.now = 3.0
+    assert neighbours.starter("a") == "s", "the other is silent"
 
 
 def test_what_others_than_the_caller_served_counts() -> None:
