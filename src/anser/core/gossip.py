@@ -240,7 +240,7 @@ class Neighbours:
 
         Our own if it waits nowhere.
         """
-        names = [one.name for one in self.heard() if self._sums.waits_at(account, (one.name,))]
+        names = self._sums.waits_where(account, [one.name for one in self.heard()])
         if self._sums.waits(account):
             names.append(self.name)
         return sorted(names)[self._sums.started(account) % len(names)] if names else self.name
@@ -284,6 +284,8 @@ class Neighbours:
             for call in (calls[model] for model in models if model in calls):
                 # Others than the caller may have served the child since.
                 key = max(call.key, self._sums.key(call.child)) + pledged[call.child]
+                if found is not None and key >= found[0]:
+                    continue
                 if self.starter(call.child) != neighbour.name:
                     key += call.cost
                 if found is None or key < found[0]:

@@ -3,9 +3,9 @@
 Theory of operation
 -------------------
 Each shard counts for each account (of a person, a project, an organisation) what it has charged and
-refunded itself, and the requests that came and left, as sums that only grow, and keeps the last
-such `Row` that it has had from each other shard. Rows are merged by the maximum, so a row that is
-lost, late or comes twice does no harm and shards that have heard the same rows know the same, in
+refunded itself, and the requests that came, started and left, as sums that only grow, and keeps the
+last such `Row` that it has had from each other shard. Rows are merged by the maximum, so a row that
+is lost, late or comes twice does no harm and shards that have heard the same rows know the same, in
 whatever order they came: a grow-only counter for each shard and sign (PN-counter; Shapiro et al.,
 Conflict-free replicated data types, 2011).
 
@@ -147,9 +147,13 @@ class Sums:
 
     def waits_at(self, account: str, shards: Iterable[str]) -> bool:
         """Whether it waits at one of these other shards, as far as is known."""
+        return bool(self.waits_where(account, shards))
+
+    def waits_where(self, account: str, shards: Iterable[str]) -> list[str]:
+        """At which of these other shards it waits, as far as is known."""
         entry = self._entries.get(account)
-        rows = [entry.rows.get(shard) for shard in shards] if entry else []
-        return any(row.turns % 2 for row in rows if row)
+        rows = entry.rows if entry else {}
+        return [shard for shard in shards if shard in rows and rows[shard].turns % 2]
 
     def waits(self, account: str) -> bool:
         """Whether it waits here."""
@@ -159,7 +163,9 @@ class Sums:
     def started(self, account: str) -> int:
         """How many of its requests all shards have given a slot."""
         entry = self._entries.get(account)
-        return sum(row.started for row in _rows(entry)) if entry else 0
+        if entry is None:
+            return 0
+        return entry.started + sum(row.started for row in entry.rows.values())
 
     def in_flight_at(self, account: str, shards: Iterable[str]) -> int:
         """How many of its requests wait or run at these other shards, as far as is known."""
