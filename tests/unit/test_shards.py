@@ -11,7 +11,7 @@ from anser.core.events import (
     NodeGone,
     Progressed,
 )
-from anser.core.gossip import UNHEARD_MAX, Lent, Loan, Neighbour, Neighbours, Returned
+from anser.core.gossip import UNHEARD_MAX, Call, Lent, Loan, Neighbour, Neighbours, Returned
 from anser.core.ledger import Usage
 from anser.core.rules import DESIGN, STRICT
 from anser.core.sums import Row, Sums
@@ -135,6 +135,25 @@ def test_the_turn_to_start_a_member_goes_round() -> None:
     assert neighbours.starter("a") == "t"
     neighbours.now = 3.0
     assert neighbours.starter("a") == "s", "the other is silent"
+
+
+def test_a_call_of_who_has_not_the_turn_counts_as_after_its_start() -> None:
+    """The least key that is called for is that of a shard which may start it now."""
+    sums = Sums(10)
+    neighbours = Neighbours("s", ["t", "u"], sums, lost_s=2.0)
+    neighbours.now = 0.0
+    sums.turn("a", waits=True)
+    for name in ("t", "u"):
+        sums.merge(name, [Row(account="a", turns=1)])
+    for (name, one), key in zip(neighbours.all.items(), (0, 50), strict=True):
+        call = Call(parent="", model="m", child="a", key=key, cost=100)
+        one.heard_at, one.waiting, one.calls = 0.0, {"m": 1}, {"": {"m": call}}
+        assert neighbours.starter("a") == "s", name
+    assert neighbours.least("", ["m"]) == 100
+    neighbours.all["u"].calls[""]["m"] = Call(parent="", model="m", child="b", key=120)
+    assert neighbours.least("", ["m"]) == 100
+    neighbours.all["u"].calls[""]["m"] = Call(parent="", model="m", child="b", key=50)
+    assert neighbours.least("", ["m"]) == 50
 
 
 def test_what_others_than_the_caller_served_counts() -> None:

@@ -163,9 +163,7 @@ class Sums:
     def started(self, account: str) -> int:
         """How many of its requests all shards have given a slot."""
         entry = self._entries.get(account)
-        if entry is None:
-            return 0
-        return entry.started + sum(row.started for row in entry.rows.values())
+        return sum(row.started for row in _rows(entry)) if entry else 0
 
     def in_flight_at(self, account: str, shards: Iterable[str]) -> int:
         """How many of its requests wait or run at these other shards, as far as is known."""
