@@ -57,6 +57,7 @@ def _told(changes: Sequence[tuple[int, str, int, int, int]]) -> tuple[list[Sums]
         own.charge(account, micro_credits=micro_credits, raised=micro_credits * 2)
         own.lift(account, key)
         own.advance(account, key)
+        own.start(account)
         rows, taken[number] = own.changed(taken[number], most)
         said.append((number, rows))
         own.validate()
@@ -68,8 +69,11 @@ def _told(changes: Sequence[tuple[int, str, int, int, int]]) -> tuple[list[Sums]
 _Said = tuple[int, tuple[Row, ...]]
 
 
-def _known(sums: Sums) -> dict[str, tuple[int, int, int]]:
-    return {one: (sums.total(one), sums.key(one), sums.virtual(one)) for one in sums.totals()}
+def _known(sums: Sums) -> dict[str, tuple[int, int, int, int]]:
+    return {
+        one: (sums.total(one), sums.key(one), sums.virtual(one), sums.started(one))
+        for one in sums.totals()
+    }
 
 
 @given(_changes, st.randoms(use_true_random=False))

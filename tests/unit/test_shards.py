@@ -11,9 +11,10 @@ from anser.core.events import (
     NodeGone,
     Progressed,
 )
-from anser.core.gossip import UNHEARD_MAX, Lent, Loan, Neighbour, Returned
+from anser.core.gossip import UNHEARD_MAX, Call, Lent, Loan, Neighbour, Neighbours, Returned
 from anser.core.ledger import Usage
 from anser.core.rules import DESIGN, STRICT
+from anser.core.sums import Row, Sums
 from tests.ring import MODELS, Ring
 from tests.scheduling import CREDIT
 
@@ -48,7 +49,7 @@ def test_a_borrowed_slot_goes_back_when_its_lease_ends() -> None:
 
 def test_own_members_go_first_among_equals() -> None:
     """A slot stays with its owner unless somebody elsewhere is further behind than the window."""
-    ring = Ring("s", "t", rules=replace(STRICT, window=1_000 * CREDIT))
+    ring = Ring("s", "t", rules=replace(STRICT, window=4_000 * CREDIT))
     ring.submit("t", "r", "b")
     ring.submit("s", "q", "a")
     ring.talk()
@@ -95,6 +96,64 @@ def test_a_slot_that_is_under_way_counts_as_used() -> None:
     ring.talk()
     assert ring.node("s", "n", 2) == ["q2.1 n"]
     assert ring.talk() == ["r.1 n"]
+
+
+def test_two_shards_do_not_start_the_same_member_at_once() -> None:
+    """A free slot is for who is least where it is that shard's turn to start it, else the next."""
+    ring = Ring("s", "t", rules=replace(STRICT, window=4_000 * CREDIT, candidates=16))
+    ring.node("s", "n", 1)
+    for number, (member, output) in enumerate((("a", 0), ("a", 0), ("b", 10))):
+        ring.submit("s", f"p{number}", member)
+        ring.finish("s", f"p{number}.1", output=output)
+    ring.node("s", "n", 0)
+    for name in ring.shards:
+        for member in ("a", "b"):
+            ring.submit(name, f"{member}{name}", member)
+    ring.talk()
+    ring.node("t", "o", 0)
+    assert ring.node("s", "n", 1) == ["as.1 n"], "two of its requests have started: the first's"
+    assert ring.node("t", "o", 1) == ["bt.1 o"]
+
+
+def test_the_turn_to_start_a_member_goes_round() -> None:
+    """With each start it is another shard's of those where the member waits and that are there."""
+    sums = Sums(10)
+    neighbours = Neighbours("s", ["t", "u"], sums, lost_s=2.0)
+    neighbours.now = 0.0
+    for one in neighbours.all.values():
+        one.heard_at = 0.0
+    assert neighbours.starter("a") == "s", "who waits nowhere"
+    sums.merge("t", [Row(account="a", turns=1)])
+    assert neighbours.starter("a") == "t", "the only one where it waits"
+    sums.turn("a", waits=True)
+    assert neighbours.starter("a") == "s"
+    sums.start("a")
+    assert neighbours.starter("a") == "t"
+    sums.merge("t", [Row(account="a", turns=1, started=1)])
+    assert neighbours.starter("a") == "s"
+    sums.start("a")
+    assert neighbours.starter("a") == "t"
+    neighbours.now = 3.0
+    assert neighbours.starter("a") == "s", "the other is silent"
+
+
+def test_a_call_of_who_has_not_the_turn_counts_as_after_its_start() -> None:
+    """The least key that is called for is that of a shard which may start it now."""
+    sums = Sums(10)
+    neighbours = Neighbours("s", ["t", "u"], sums, lost_s=2.0)
+    neighbours.now = 0.0
+    sums.turn("a", waits=True)
+    for name in ("t", "u"):
+        sums.merge(name, [Row(account="a", turns=1)])
+    for (name, one), key in zip(neighbours.all.items(), (0, 50), strict=True):
+        call = Call(parent="", model="m", child="a", key=key, cost=100)
+        one.heard_at, one.waiting, one.calls = 0.0, {"m": 1}, {"": {"m": call}}
+        assert neighbours.starter("a") == "s", name
+    assert neighbours.least("", ["m"]) == 100
+    neighbours.all["u"].calls[""]["m"] = Call(parent="", model="m", child="b", key=120)
+    assert neighbours.least("", ["m"]) == 100
+    neighbours.all["u"].calls[""]["m"] = Call(parent="", model="m", child="b", key=50)
+    assert neighbours.least("", ["m"]) == 50
 
 
 def test_what_others_than_the_caller_served_counts() -> None:

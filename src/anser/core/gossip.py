@@ -13,6 +13,12 @@ from the root down, to the child of least key, at the shard that called for it. 
 its message: a key is at least what has been heard of it since, and a slot that is under way counts
 as used by whoever it was called for.
 
+An account that waits at several shards has its *turn* at one of them: with each start that is told
+it goes round. At the others its key counts as what it will be after that start, in calls too. So
+two shards do not start the same member's requests while neither has heard of the other's start,
+and if they disagree on the turn for a moment, or the one that has it cannot start, the others do
+when it is that far behind; nothing waits for a turn for longer.
+
 It also tells what a borrowed slot's node still has to read for members above their share, so that
 the owner's reading gate holds for all. Until it has told of a loan, the gate is closed.
 
@@ -201,7 +207,8 @@ class Neighbour:
 class Neighbours:
     """All other shards. `lost_s`: after so much silence, one is not counted with."""
 
-    def __init__(self, names: Iterable[str], sums: Sums, *, lost_s: float) -> None:
+    def __init__(self, name: str, names: Iterable[str], sums: Sums, *, lost_s: float) -> None:
+        self.name = name
         self.lost_s = lost_s
         self._sums = sums
         self.now = -inf
@@ -227,6 +234,16 @@ class Neighbours:
     def keys(self, parent: str) -> list[int]:
         """The least keys that wait below an account, for each shard and model."""
         return [call.key for one in self.heard() for call in one.calls.get(parent, _NONE).values()]
+
+    def starter(self, account: str) -> str:
+        """The shard whose turn it is to start a request of this account, where it waits.
+
+        Our own if it waits nowhere.
+        """
+        names = self._sums.waits_where(account, [one.name for one in self.heard()])
+        if self._sums.waits(account):
+            names.append(self.name)
+        return sorted(names)[self._sums.started(account) % len(names)] if names else self.name
 
     def slots(self, model: str) -> int:
         """Slots of their nodes for a model."""
@@ -267,6 +284,10 @@ class Neighbours:
             for call in (calls[model] for model in models if model in calls):
                 # Others than the caller may have served the child since.
                 key = max(call.key, self._sums.key(call.child)) + pledged[call.child]
+                if found is not None and key >= found[0]:
+                    continue
+                if self.starter(call.child) != neighbour.name:
+                    key += call.cost
                 if found is None or key < found[0]:
                     found = key, call, neighbour
         return found

@@ -93,7 +93,7 @@ class Shard:
         self.gossip = gossip = Gossip() if gossip is None else gossip
         self.dropped = 0  # messages that were for another, or from nobody
         self.sums = Sums(gossip.accounts_max)
-        self._neighbours = Neighbours(others, self.sums, lost_s=gossip.lost_s)
+        self._neighbours = Neighbours(name, others, self.sums, lost_s=gossip.lost_s)
         assert name not in self._neighbours.all
         self.scheduler = ShardScheduler(
             queued_max, retries_max, rules, sums=self.sums, neighbours=self._neighbours

@@ -5,9 +5,13 @@ where an account stands is written in `sums`, which all shards have in common, a
 whenever it moves. So an account's key here is at any time its lift and what all shards have raised
 it by, as far as this one has heard.
 
-*Window*: nobody here is given a slot who is more than a quarter of it above the least key that
+*Window*: nobody here is given a slot who is more than a sixteenth of it above the least key that
 waits elsewhere for such a slot, as far as is known. When that is true of all, the slot stays free,
 and is due to another shard. Whose a borrowed slot is, its owner has judged.
+
+*Turns*: whoever is least is so at all shards where it waits, and they would all start a request of
+it before they hear of each other. So where it is not this shard's turn (`gossip`), its next request
+is taken to have started elsewhere: its key counts as what it will be then.
 
 *Lift*: who begins to wait here and waits at no other shard is lifted to the least key that waits
 anywhere, or to the virtual time that is the maximum of all. Who waits elsewhere already has been
@@ -24,6 +28,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from math import inf
 
 from anser.core.account import Branch, Leaf, Node, Place
 from anser.core.events import Decision, NodeChanged
@@ -41,8 +46,9 @@ from anser.core.virtual import Pool
 __all__ = ["CommonShares", "OnePool", "ShardScheduler", "accounts_of"]
 
 # Of the window, so much is for this shard's own members against others': were it all of it, each
-# shard would prefer its own, and what is meant for caches would go into the difference.
-_ELSEWHERE = 4
+# shard would prefer its own, and what is meant for caches would go into the difference. It is there
+# twice: one member is ahead by it here, the other elsewhere.
+_ELSEWHERE = 16
 
 
 def accounts_of(member: str) -> tuple[str, ...]:
@@ -57,18 +63,22 @@ def _name(account: Node) -> str:
 
 
 def _call(parent: Branch, child: Node, model: str, lanes: Sequence[Lane]) -> Call:
-    leaf = child.first(lanes) if isinstance(child, Branch) else child
-    oldest = leaf.oldest(lanes)
-    assert isinstance(oldest, Job)
-    request = oldest.request
-    cost = price(fresh=request.prompt_tokens, factor_milli=request.factor_milli)
     return Call(
         parent=_name(parent),
         model=model,
         child=_name(child),
         key=child.key_in(lanes[0].pool),
-        cost=child.growth(cost),
+        cost=_cost(child, lanes),
     )
+
+
+def _cost(account: Node, lanes: Sequence[Lane]) -> int:
+    """By how much its key grows when its next request starts."""
+    leaf = account.first(lanes) if isinstance(account, Branch) else account
+    oldest = leaf.oldest(lanes)
+    assert isinstance(oldest, Job)
+    request = oldest.request
+    return account.growth(price(fresh=request.prompt_tokens, factor_milli=request.factor_milli))
 
 
 class CommonShares(Shares):
@@ -79,8 +89,8 @@ class CommonShares(Shares):
         self.models: Sequence[str] = ()  # that the slot which is being given away is for
         self._sums, self._neighbours = sums, neighbours
 
-    def calls(self, lanes: Iterable[Lane]) -> tuple[Call, ...]:
-        """For each account and model, the least key that waits below it; upper levels first."""
+    def calls(self, lanes: Iterable[Lane], window: int, most: int) -> tuple[Call, ...]:
+        """For each account and model, who is next below it; upper levels first."""
         by_model: dict[str, list[Lane]] = {}
         for lane in lanes:
             by_model.setdefault(lane.supply.model, []).append(lane)
@@ -88,9 +98,9 @@ class CommonShares(Shares):
         parents = [self._root]
         for parent in parents:  # which grows meanwhile
             found += [
-                _call(parent, least, model, open_)
+                _call(parent, next(iter(self._near(parent, open_, window, most))), model, open_)
                 for model, open_ in by_model.items()
-                if (least := parent.least(open_)) is not None
+                if any(lane in parent.lanes for lane in open_)
             ]
             if len(found) >= CALLS_MAX:
                 break
@@ -151,6 +161,7 @@ class CommonShares(Shares):
         self._book(leaf, micro_credits, former)
         for account, parent in leaf.path:
             self._sums.advance(_name(parent), account.key_in(pool))
+            self._sums.start(_name(account))
 
     def charge(self, leaf: Leaf, pool: Pool, micro_credits: int) -> None:
         """Charge a request of `leaf` that runs, or refund; all shards will know."""
@@ -192,19 +203,32 @@ class CommonShares(Shares):
     def _window(
         self, branch: Branch, lanes: Sequence[Lane], window: int, most: int
     ) -> Iterator[Leaf]:
-        children = branch.near(lanes, window=window, most=most)
         least = self._neighbours.least(_name(branch), self.models)
-        if least is not None:
-            pool, limit = lanes[0].pool, least + window // _ELSEWHERE
-            pledged = self._neighbours.pledged()
-            children = [
-                child for child in children if child.key_in(pool) + pledged[_name(child)] <= limit
-            ]
+        limit = inf if least is None else least + window // _ELSEWHERE
+        near = self._near(branch, lanes, window, most)
+        children = [child for child, key in near.items() if key <= limit]
         for child in children:
             if isinstance(child, Leaf):
                 yield child
             else:
                 yield from self._window(child, lanes, window, -(-most // len(children)))
+
+    def _near(
+        self, branch: Branch, lanes: Sequence[Lane], window: int, most: int
+    ) -> dict[Node, int]:
+        """Children that may be next, the first one first, with the keys that they will have.
+
+        Whose next request is for another shard to start is taken to have got it there.
+        """
+        lanes = [lane for lane in lanes if lane in branch.lanes]
+        pool, pledged = lanes[0].pool, self._neighbours.pledged()
+        keys: dict[Node, int] = {}
+        for child in branch.near(lanes, window=window, most=most):
+            name = _name(child)
+            elsewhere = self._neighbours.starter(name) != self._neighbours.name
+            expected = _cost(child, lanes) if elsewhere else 0
+            keys[child] = child.key_in(pool) + pledged[name] + expected
+        return dict(sorted(keys.items(), key=lambda item: item[1]))
 
     def _account(self, name: str) -> Node | None:
         account = self.find(name.removesuffix("/"))
@@ -331,7 +355,7 @@ class ShardScheduler(Scheduler):
             for leaf in self._shares.window([lane], window=rules.window, most=rules.candidates):
                 place = leaf.oldest([lane])
                 light[model] += isinstance(place, Job) and self._picker.is_light(place)
-        return self._shares.calls(lanes), waiting, light
+        return self._shares.calls(lanes, self.rules.window, self.rules.candidates), waiting, light
 
     def own(self, slots: int, models: frozenset[str]) -> None:
         """So many slots for these models are this shard's, lent or not, or no more if negative."""

@@ -3,9 +3,9 @@
 Theory of operation
 -------------------
 Each shard counts for each account (of a person, a project, an organisation) what it has charged and
-refunded itself, and the requests that came and left, as sums that only grow, and keeps the last
-such `Row` that it has had from each other shard. Rows are merged by the maximum, so a row that is
-lost, late or comes twice does no harm and shards that have heard the same rows know the same, in
+refunded itself, and the requests that came, started and left, as sums that only grow, and keeps the
+last such `Row` that it has had from each other shard. Rows are merged by the maximum, so a row that
+is lost, late or comes twice does no harm and shards that have heard the same rows know the same, in
 whatever order they came: a grow-only counter for each shard and sign (PN-counter; Shapiro et al.,
 Conflict-free replicated data types, 2011).
 
@@ -47,6 +47,7 @@ class Row:
     turns: int = 0  # how often it has begun or ceased to wait there: odd while it waits
     came: int = 0  # requests that began to wait there, and that began to run
     left: int = 0  # that ceased to
+    started: int = 0  # requests of it and all below it that were given a slot
     lift: int = 0  # its key less what all shards have raised it by
     virtual: int = 0  # the largest key among its children that has ever been given a slot
 
@@ -65,6 +66,7 @@ class Row:
             turns=max(self.turns, other.turns),
             came=max(self.came, other.came),
             left=max(self.left, other.left),
+            started=max(self.started, other.started),
             lift=max(self.lift, other.lift),
             virtual=max(self.virtual, other.virtual),
         )
@@ -85,6 +87,7 @@ class _Entry:
     turns: int = 0
     came: int = 0
     left: int = 0
+    started: int = 0
     rows: dict[str, Row] = field(default_factory=dict[str, Row])
 
     def own(self) -> Row:
@@ -97,6 +100,7 @@ class _Entry:
             turns=self.turns,
             came=self.came,
             left=self.left,
+            started=self.started,
             lift=self.lift,
             virtual=self.virtual,
         )
@@ -143,9 +147,23 @@ class Sums:
 
     def waits_at(self, account: str, shards: Iterable[str]) -> bool:
         """Whether it waits at one of these other shards, as far as is known."""
+        return bool(self.waits_where(account, shards))
+
+    def waits_where(self, account: str, shards: Iterable[str]) -> list[str]:
+        """At which of these other shards it waits, as far as is known."""
         entry = self._entries.get(account)
-        rows = [entry.rows.get(shard) for shard in shards] if entry else []
-        return any(row.turns % 2 for row in rows if row)
+        rows = entry.rows if entry else {}
+        return [shard for shard in shards if shard in rows and rows[shard].turns % 2]
+
+    def waits(self, account: str) -> bool:
+        """Whether it waits here."""
+        entry = self._entries.get(account)
+        return entry is not None and entry.turns % 2 == 1
+
+    def started(self, account: str) -> int:
+        """How many of its requests all shards have given a slot."""
+        entry = self._entries.get(account)
+        return sum(row.started for row in _rows(entry)) if entry else 0
 
     def in_flight_at(self, account: str, shards: Iterable[str]) -> int:
         """How many of its requests wait or run at these other shards, as far as is known."""
@@ -166,6 +184,10 @@ class Sums:
         """Let its key be at least this."""
         entry = self._change(account)
         entry.lift = max(entry.lift, key - entry.raised)
+
+    def start(self, account: str) -> None:
+        """A request of it, or of one below it, was given a slot here."""
+        self._change(account).started += 1
 
     def advance(self, account: str, key: int) -> None:
         """A child of it that had this key was given a slot."""
