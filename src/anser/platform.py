@@ -49,8 +49,17 @@ from anser.wire.cors import Cors
 from anser.wire.doors import Door, StopSignals, is_loopback, listen, listen_unix, url_of
 from anser.wire.proxies import Proxies
 from anser.wire.server import GuardSettings
+from anser.wire.tls import Identity, identity
 
-__all__ = ["BUILTIN", "Listening", "Platform", "examine", "open_platform", "serve"]
+__all__ = [
+    "BUILTIN",
+    "Listening",
+    "Platform",
+    "examine",
+    "identity_of",
+    "open_platform",
+    "serve",
+]
 
 BUILTIN = "builtin"
 _DAY_MS, _HOUR_MS = 86_400_000, 3_600_000
@@ -264,11 +273,19 @@ async def serve(
     config = loaded.config
     async with AsyncExitStack() as stack:
         stop = stack.enter_context(StopSignals.watched())
+        shown, trouble = identity_of(loaded)
+        if trouble is not None:
+            _log.warning("clients will refuse the certificate", reason=trouble)
         public = stack.enter_context(listen(config.server.host, config.server.port))
         platform = await stack.enter_async_context(open_platform(loaded, progress=progress))
         guard = _guard(config)
         doors = [
-            Door(platform.public_app, public, replace(guard, cors=Cors(config.server.cors_origins)))
+            Door(
+                platform.public_app,
+                public,
+                replace(guard, cors=Cors(config.server.cors_origins)),
+                tls=None if shown is None else shown.context,
+            )
         ]
         inner = stack.enter_context(listen_unix(platform.data_dir.socket))
         doors.append(Door(platform.admin_app, inner, guard))
@@ -276,7 +293,7 @@ async def serve(
         if config.server.admin_listen:
             outer = stack.enter_context(listen(*split_address(config.server.admin_listen)))
             doors.append(Door(platform.admin_app, outer, guard))
-        listening = await _listening(platform, public, outer, mint_key=mint_key)
+        listening = await _listening(platform, url_of(public, shown), outer, mint_key=mint_key)
         async with asyncio.TaskGroup() as tasks:
             for door in doors:
                 tasks.create_task(door.serve())
@@ -289,6 +306,24 @@ async def serve(
             await _drain(platform, stop, config.server.drain_s)
             for door in doors:
                 door.close(quickly=stop.second.is_set())
+
+
+def identity_of(
+    loaded: Loaded, *, soon_s: float = 0.0
+) -> tuple[Identity, str | None] | tuple[None, None]:
+    """What is shown in handshakes, if TLS is on, and why clients will refuse it at once or soon.
+
+    Raises ConfigError, which names where the setting came from.
+    """
+    server = loaded.config.server
+    if not server.tls_certificate:
+        return None, None
+    try:
+        found = identity(Path(server.tls_certificate), Path(server.tls_key))
+    except ConfigError as error:
+        source = loaded.sources[str(error.param)]
+        raise ConfigError(f"{source}: {error.message}", param=error.param) from error
+    return found, found.trouble(SystemClock().wall(), soon_s=soon_s)
 
 
 def _guard(config: Config) -> GuardSettings:
@@ -310,14 +345,14 @@ def _connections_max(files_max: int) -> int:
 
 
 async def _listening(
-    platform: Platform, public: socket.socket, outer: socket.socket | None, *, mint_key: bool
+    platform: Platform, url: str, outer: socket.socket | None, *, mint_key: bool
 ) -> Listening:
     members = platform.services.members
     key = None
     if mint_key:
         key, _ = await members.create_key(OWNER, label="start", lifetime_s=_START_KEY_LIFETIME_S)
     return Listening(
-        url=url_of(public),
+        url=url,
         admin_socket=platform.data_dir.socket,
         admin_url=None if outer is None else url_of(outer),
         key=key,

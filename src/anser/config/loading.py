@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, cast
 from urllib.parse import urlsplit
 
-from anser.config.values import SECTIONS, Config, Setting, Value, settings
+from anser.config.values import SECTIONS, Config, ServerSettings, Setting, Value, settings
 from anser.core import limits
 from anser.core.errors import ConfigError, RequestError
 from anser.core.hub import read_spec
@@ -55,6 +55,7 @@ _FALSE = frozenset(("false", "off", "no", "0"))
 _WHOLE = re.compile(r"[+-]?[0-9]{1,18}\Z")
 _HOST = re.compile(r"(?!-)[A-Za-z0-9_-]{1,63}(?<!-)(\.(?!-)[A-Za-z0-9_-]{1,63}(?<!-))*\.?\Z")
 _FILE_BYTES_MAX = 1024 * 1024
+_PATHS = frozenset(("data_dir", "server.tls_certificate", "server.tls_key"))  # beside their file
 
 
 def load(
@@ -132,10 +133,19 @@ def _from_file(known: Mapping[str, Setting], file: Path) -> dict[str, tuple[Valu
     for path, value in _flat(_read(file), known, file):
         setting = known[path]
         kept = _convert(setting, value, f"{file}: {path}")
-        if path == "data_dir":
-            kept = os.path.join(file.resolve().parent, Path(str(kept)).expanduser())
+        if path in _PATHS and kept:
+            kept = _beside(file, str(kept), path)
         given[path] = (kept, str(file))
     return given
+
+
+def _beside(file: Path, text: str, path: str) -> str:
+    """A path that was written in this file, taken from the file's own folder."""
+    try:
+        return os.path.join(file.resolve().parent, Path(text).expanduser())
+    except RuntimeError as error:
+        message = f"{file}: {path}: no home folder is known for {_shown(text)}."
+        raise ConfigError(message, param=path) from error
 
 
 def _read(file: Path) -> dict[str, Any]:
@@ -308,6 +318,7 @@ def _wrong_forms(config: Config) -> Iterator[tuple[str, str]]:
         yield from _wrong_admin(server.admin_listen, public=(server.host, server.port))
     yield from _wrong_proxies(server.trusted_proxies)
     yield from _wrong_origins(server.cors_origins)
+    yield from _wrong_tls(server)
     if not config.engine.model.strip():
         yield "engine.model", "is empty. Name a model, or set engine.enabled = false."
     elif (wrong := _wrong_model(config.engine.model)) is not None:
@@ -340,6 +351,13 @@ def _wrong_origins(origins: tuple[str, ...]) -> Iterator[tuple[str, str]]:
         if not is_origin(origin):
             why = f"must be origins like https://chat.example, or *, not {_shown(origin)}."
             yield "server.cors_origins", why
+
+
+def _wrong_tls(server: ServerSettings) -> Iterator[tuple[str, str]]:
+    if server.tls_certificate and not server.tls_key:
+        yield "server.tls_certificate", "needs its key. Name that in server.tls_key."
+    if server.tls_key and not server.tls_certificate:
+        yield "server.tls_key", "needs its certificate. Name that in server.tls_certificate."
 
 
 def _wrong_model(text: str) -> str | None:

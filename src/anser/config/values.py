@@ -57,6 +57,10 @@ class ServerSettings:
     cors_origins: tuple[str, ...] = _setting(
         (), "Origins whose pages may ask with a key, like https://chat.example; * is all."
     )
+    tls_certificate: str = _setting(
+        "", "PEM file of the certificate and its chain; with it the public address is https."
+    )
+    tls_key: str = _setting("", "PEM file of the certificate's private key.")
     head_bytes_max: int = _setting(
         limits.HEAD_BYTES_MAX, "Longest request head, in bytes.", low=1_024, high=2**20
     )

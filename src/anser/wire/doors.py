@@ -13,17 +13,21 @@ import errno
 import os
 import signal
 import socket
-from collections.abc import Generator
+import ssl
+from collections.abc import Generator, Iterable
 from contextlib import contextmanager, suppress
 from ipaddress import ip_address
 from pathlib import Path
+from typing import cast
 
 import uvicorn
 from starlette.types import ASGIApp
 
 from anser.core.errors import ConfigError
 from anser.core.limits import ABORT_WAIT_S, IDLE_TIMEOUT_S
-from anser.wire.server import GuardSettings, guarded
+from anser.wire.entrance import Entrance
+from anser.wire.server import GuardedProtocol, GuardSettings, guarded
+from anser.wire.tls import Identity
 
 __all__ = [
     "Door",
@@ -70,11 +74,19 @@ class StopSignals:
 
 
 class Door:
-    """One application on one listening socket."""
+    """One application on one listening socket; with `tls`, behind handshakes."""
 
-    def __init__(self, app: ASGIApp, sock: socket.socket, guard: GuardSettings) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        sock: socket.socket,
+        guard: GuardSettings,
+        *,
+        tls: ssl.SSLContext | None = None,
+    ) -> None:
         self.opened = asyncio.Event()
         self._sock = sock
+        self._entrance = None if tls is None else Entrance(sock, tls=tls)
         self._server = _Server(
             uvicorn.Config(
                 app,
@@ -90,14 +102,26 @@ class Door:
                 timeout_keep_alive=round(IDLE_TIMEOUT_S),
             ),
             self.opened,
+            self._entrance,
         )
 
     def __repr__(self) -> str:
-        return f"<Door {self._sock.getsockname()} opened={self.opened.is_set()}>"
+        return f"<Door {self._sock.fileno()} opened={self.opened.is_set()}>"
 
     async def serve(self) -> None:
         """Take connections until `close`; returns when the last request has ended."""
-        await self._server.serve(sockets=[self._sock])
+        if self._entrance is None:
+            await self._server.serve(sockets=[self._sock])
+            return
+        async with asyncio.TaskGroup() as tasks:
+            arriving = tasks.create_task(self._entrance.run(self._server.make_protocol))
+            await self._server.serve(sockets=[self._sock])
+            arriving.cancel()
+
+    def show(self, tls: ssl.SSLContext) -> None:
+        """Show another certificate in handshakes from now on; only where there are handshakes."""
+        assert self._entrance is not None, self
+        self._entrance.tls = tls
 
     def close(self, *, quickly: bool) -> None:
         """Take no more connections, and end once running requests have; or at once."""
@@ -108,21 +132,27 @@ class Door:
 class _Server(uvicorn.Server):
     """uvicorn without its signal handlers; it says when its socket is open, and ends everything."""
 
-    def __init__(self, config: uvicorn.Config, opened: asyncio.Event) -> None:
+    def __init__(
+        self, config: uvicorn.Config, opened: asyncio.Event, entrance: Entrance | None
+    ) -> None:
         super().__init__(config)
+        self.servers = []
         self._opened = opened
+        self._entrance = entrance
+
+    def make_protocol(self) -> GuardedProtocol:
+        """A protocol for one connection that an entrance has accepted."""
+        make = cast("type[GuardedProtocol]", self.config.http_protocol_class)
+        return make(config=self.config, server_state=self.server_state, app_state={})
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Open the sockets."""
-        await super().startup(sockets)
+        """Open the sockets; an entrance has opened its own."""
+        await super().startup(sockets if self._entrance is None else [])
         self._opened.set()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Take no more connections; end those that are idle, then those that do not end."""
-        for server in self.servers:
-            server.close()
-        for sock in sockets or ():
-            sock.close()
+        self._stop_accepting(sockets or ())
         state = self.server_state
         for connection in tuple(state.connections):
             connection.shutdown()
@@ -135,6 +165,14 @@ class _Server(uvicorn.Server):
             task.cancel()
         if cut_short:
             await asyncio.wait(cut_short, timeout=ABORT_WAIT_S + _FLUSH_S)  # they stop engines
+
+    def _stop_accepting(self, sockets: Iterable[socket.socket]) -> None:
+        if self._entrance is not None:
+            self._entrance.close()
+        for server in self.servers:
+            server.close()
+        for sock in sockets:
+            sock.close()
 
     @contextmanager
     def capture_signals(self) -> Generator[None]:
@@ -209,9 +247,15 @@ def is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
-def url_of(sock: socket.socket) -> str:
-    """The address that a client on this machine can paste; a wildcard is shown as loopback."""
+def url_of(sock: socket.socket, identity: Identity | None = None) -> str:
+    """The address that a client can paste; a wildcard is shown as loopback.
+
+    With TLS it has a name that the certificate is for.
+    """
     host, port = sock.getsockname()[:2]
     if ip_address(host).is_unspecified:
         host = "::1" if ":" in host else "127.0.0.1"
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    scheme = "http"
+    if identity is not None:
+        scheme, host = "https", identity.host(host)
+    return f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"
