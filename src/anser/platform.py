@@ -31,7 +31,7 @@ from anser.adapters.signer import KeyFileSigner
 from anser.adapters.sqlite import SqliteStore
 from anser.api.app import admin_app, public_app
 from anser.api.context import Services
-from anser.config import Config, Loaded, split_address
+from anser.config import Config, Loaded, Reread, split_address
 from anser.core.errors import AnserError, ConfigError, SourceError
 from anser.core.fleet import Node
 from anser.core.health import NodeState
@@ -46,9 +46,10 @@ from anser.services.hub import Hub
 from anser.services.ledger import Ledger
 from anser.services.members import OWNER, Members, Spent
 from anser.wire.cors import Cors
-from anser.wire.doors import Door, StopSignals, is_loopback, listen, listen_unix, url_of
+from anser.wire.doors import Door, is_loopback, listen, listen_unix, url_of
 from anser.wire.proxies import Proxies
 from anser.wire.server import GuardSettings
+from anser.wire.signals import Signals
 from anser.wire.tls import Identity, identity
 
 __all__ = [
@@ -263,49 +264,101 @@ async def serve(
     progress: Progress | None = None,
     mint_key: bool = True,
     stopping: Callable[[], None] | None = None,
+    reread: Callable[[], Loaded] | None = None,
 ) -> None:
     """Serve until SIGINT or SIGTERM, then finish what runs; a second signal makes it quick.
 
-    `announce` is called once, when all sockets are open, and `stopping` at the first signal.
-    Raises ConfigError, StoreError.
+    `announce` is called once, when all sockets are open, `stopping` at the first signal, and
+    `reread`, in a thread, at each SIGHUP. Raises ConfigError, StoreError.
     """
     harden()
     config = loaded.config
     async with AsyncExitStack() as stack:
-        stop = stack.enter_context(StopSignals.watched())
+        signals = stack.enter_context(Signals.watched())
         shown, trouble = identity_of(loaded)
         if trouble is not None:
             _log.warning("clients will refuse the certificate", reason=trouble)
         public = stack.enter_context(listen(config.server.host, config.server.port))
         platform = await stack.enter_async_context(open_platform(loaded, progress=progress))
-        guard = _guard(config)
-        doors = [
-            Door(
-                platform.public_app,
-                public,
-                replace(guard, cors=Cors(config.server.cors_origins)),
-                tls=None if shown is None else shown.context,
-            )
-        ]
         inner = stack.enter_context(listen_unix(platform.data_dir.socket))
-        doors.append(Door(platform.admin_app, inner, guard))
         outer = None
         if config.server.admin_listen:
             outer = stack.enter_context(listen(*split_address(config.server.admin_listen)))
-            doors.append(Door(platform.admin_app, outer, guard))
+        guard, public_guard = _guards(config)
+        doors = _Doors(
+            platform=platform,
+            identity=shown,
+            public=Door(
+                platform.public_app,
+                public,
+                public_guard,
+                tls=None if shown is None else shown.context,
+            ),
+            admin=[Door(platform.admin_app, sock, guard) for sock in (inner, outer) if sock],
+        )
         listening = await _listening(platform, url_of(public, shown), outer, mint_key=mint_key)
         async with asyncio.TaskGroup() as tasks:
-            for door in doors:
+            for door in doors.all:
                 tasks.create_task(door.serve())
-            for door in doors:
+            for door in doors.all:
                 await door.opened.wait()
             announce(listening)
-            await stop.first.wait()
+            obeying = tasks.create_task(_reread(doors, signals, reread or (lambda: loaded)))
+            await signals.first.wait()
+            obeying.cancel()
             if stopping is not None:
                 stopping()
-            await _drain(platform, stop, config.server.drain_s)
-            for door in doors:
-                door.close(quickly=stop.second.is_set())
+            await _drain(platform, signals, config.server.drain_s)
+            for door in doors.all:
+                door.close(quickly=signals.second.is_set())
+
+
+@dataclass(slots=True, kw_only=True)
+class _Doors:
+    """The open sockets of a platform, and what is shown there."""
+
+    platform: Platform
+    identity: Identity | None
+    public: Door
+    admin: list[Door]
+
+    @property
+    def all(self) -> list[Door]:
+        return [self.public, *self.admin]
+
+    def take_up(self, new: Loaded) -> None:
+        """Put in force what may change of these settings, all of it or nothing.
+
+        Raises ConfigError.
+        """
+        services = self.platform.services
+        found = Reread.of(services.loaded, new)
+        shown, trouble = identity_of(found.loaded)
+        if trouble is not None and shown != self.identity:
+            raise ConfigError(trouble)
+        found.put_in_force(services.loaded)
+        guard, public_guard = _guards(services.config)
+        self.identity = shown
+        self.public.change(public_guard, tls=None if shown is None else shown.context)
+        for door in self.admin:
+            door.change(guard)
+        services.members.anonymous = _anonymous(services.config)
+        services.contribution.public_share = services.config.members.public_share
+        services.gateway.scheduler.queued_max = services.config.gateway.queued_max
+        _log.info("settings were read anew", changed=found.changed)
+        if found.waiting:
+            _log.warning("settings wait for a restart", settings=found.waiting)
+
+
+async def _reread(doors: _Doors, signals: Signals, read: Callable[[], Loaded]) -> None:
+    """Take up new settings at each wish; those with a mistake change nothing."""
+    while True:
+        await signals.reread.wait()
+        signals.reread.clear()
+        try:
+            doors.take_up(await asyncio.to_thread(read))
+        except ConfigError as error:
+            _log.error("settings stay as they were", reason=error.message)
 
 
 def identity_of(
@@ -326,10 +379,10 @@ def identity_of(
     return found, found.trouble(SystemClock().wall(), soon_s=soon_s)
 
 
-def _guard(config: Config) -> GuardSettings:
-    """What one socket takes from clients, as the operator set it."""
+def _guards(config: Config) -> tuple[GuardSettings, GuardSettings]:
+    """What the admin sockets take from clients, and what the public one takes."""
     server = config.server
-    return GuardSettings(
+    guard = GuardSettings(
         head_bytes_max=server.head_bytes_max,
         head_timeout_s=server.head_timeout_s,
         body_timeout_s=server.body_timeout_s,
@@ -337,6 +390,7 @@ def _guard(config: Config) -> GuardSettings:
         proxies=Proxies(server.trusted_proxies),
         connections_max=_connections_max(open_files_max()),
     )
+    return guard, replace(guard, cors=Cors(server.cors_origins))
 
 
 def _connections_max(files_max: int) -> int:
@@ -375,7 +429,7 @@ async def _first_model(services: Services) -> str | None:
     return min(names, default=None)
 
 
-async def _drain(platform: Platform, stop: StopSignals, seconds: float) -> None:
+async def _drain(platform: Platform, stop: Signals, seconds: float) -> None:
     """Admit nothing new, and let what runs finish: until idle, `seconds`, or a second signal."""
     gateway = platform.services.gateway
     gateway.drain()

@@ -24,7 +24,7 @@ from anser.core.errors import ConfigError, RequestError
 from anser.core.hub import read_spec
 from anser.wire.cors import is_origin
 
-__all__ = ["Loaded", "load", "split_address"]
+__all__ = ["Loaded", "check_forms", "load", "split_address"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,7 +78,7 @@ def load(
         written = _from_file(known, found)
     given = written | typed
     config = _assemble(known, given, _data_dir(given, environ))
-    _check_forms(config, {path: source for path, (_, source) in given.items()})
+    check_forms(config, {path: source for path, (_, source) in given.items()})
     sources = {path: given[path][1] if path in given else "default" for path in known}
     return Loaded(config=config, sources=sources, file=found)
 
@@ -302,9 +302,11 @@ def _assemble(
     return Config(data_dir=data_dir, **parts)
 
 
-def _check_forms(config: Config, sources: Mapping[str, str]) -> None:
-    """What types and ranges do not say: addresses, and settings that exclude each other."""
+def check_forms(config: Config, sources: Mapping[str, str]) -> None:
+    """Check what types and ranges do not say: addresses, and what excludes each other.
 
+    `sources` says by key path where a value came from. Raises ConfigError.
+    """
     for path, why in _wrong_forms(config):
         raise ConfigError(f"{sources.get(path, 'default')}: {path} {why}", param=path)
 

@@ -1,9 +1,10 @@
-"""The sockets of a platform, and the signals that end it.
+"""The sockets of a platform: opened, served, and closed.
 
-Theory of operation. All sockets are bound before anything is announced. The first SIGINT or SIGTERM
-fails readiness and admits nothing new; what runs may finish within `server.drain_s`; a second one
-cuts it short. Answers that are cut short are cancelled like a client's own leaving, so every
-request still leaves its receipt before the process ends.
+Theory of operation. All sockets are bound before anything is announced. At the end a door takes no
+more connections, closes those that idle, and lets what runs finish, or cuts it short. Answers that
+are cut short are cancelled like a client's own leaving, so every request still leaves its receipt
+before the process ends. What a door takes from clients may be changed while it is open: it holds
+for every connection from its next wait or request on.
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ from __future__ import annotations
 import asyncio
 import errno
 import os
-import signal
 import socket
 import ssl
 from collections.abc import Generator, Iterable
@@ -31,7 +31,6 @@ from anser.wire.tls import Identity
 
 __all__ = [
     "Door",
-    "StopSignals",
     "is_loopback",
     "listen",
     "listen_unix",
@@ -43,34 +42,6 @@ _BACKLOG = 2_048
 _FLUSH_S = 3.0  # for the last bytes of what has finished
 _TICK_S = 0.02
 _PRIVATE = 0o600
-
-
-class StopSignals:
-    """The operator's wish to stop: `first` asks for an orderly end, `second` for a quick one."""
-
-    def __init__(self) -> None:
-        self.first = asyncio.Event()
-        self.second = asyncio.Event()
-
-    def __repr__(self) -> str:
-        return f"<StopSignals first={self.first.is_set()} second={self.second.is_set()}>"
-
-    @classmethod
-    @contextmanager
-    def watched(cls) -> Generator[StopSignals]:
-        """Listen for SIGINT and SIGTERM while the context is open."""
-        loop, stop = asyncio.get_running_loop(), cls()
-        for number in (signal.SIGINT, signal.SIGTERM):
-            loop.add_signal_handler(number, stop.ask)
-        try:
-            yield stop
-        finally:
-            for number in (signal.SIGINT, signal.SIGTERM):
-                loop.remove_signal_handler(number)
-
-    def ask(self) -> None:
-        """One more wish to stop."""
-        (self.second if self.first.is_set() else self.first).set()
 
 
 class Door:
@@ -86,12 +57,13 @@ class Door:
     ) -> None:
         self.opened = asyncio.Event()
         self._sock = sock
+        self._protocol = guarded(guard)
         self._entrance = None if tls is None else Entrance(sock, tls=tls)
         self._server = _Server(
             uvicorn.Config(
                 app,
                 interface="asgi3",  # a bound method would be taken for ASGI 2
-                http=guarded(guard),
+                http=self._protocol,
                 ws="none",
                 lifespan="off",
                 log_config=None,
@@ -118,10 +90,12 @@ class Door:
             await self._server.serve(sockets=[self._sock])
             arriving.cancel()
 
-    def show(self, tls: ssl.SSLContext) -> None:
-        """Show another certificate in handshakes from now on; only where there are handshakes."""
-        assert self._entrance is not None, self
-        self._entrance.tls = tls
+    def change(self, guard: GuardSettings, *, tls: ssl.SSLContext | None = None) -> None:
+        """Take other bounds from now on, and show another certificate where there is one."""
+        self._protocol.settings = guard
+        if tls is not None:
+            assert self._entrance is not None, self
+            self._entrance.tls = tls
 
     def close(self, *, quickly: bool) -> None:
         """Take no more connections, and end once running requests have; or at once."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import ssl
 import stat
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import NoReturn
@@ -31,7 +31,8 @@ _OTHERS = 0o027  # all rights of others, and writing of the group's: many keep k
 class Identity:
     """What this platform shows in a handshake. Times are UTC."""
 
-    context: ssl.SSLContext
+    context: ssl.SSLContext = field(compare=False)
+    serial: int  # of the certificate
     names: tuple[str, ...]  # that the certificate is for: hosts and addresses
     begins: datetime
     ends: datetime
@@ -66,6 +67,7 @@ def identity(certificate: Path, key: Path) -> Identity:
         raise _misfit(error, certificate, key) from error
     return Identity(
         context=context,
+        serial=leaf.serial_number,
         names=_names(leaf),
         begins=leaf.not_valid_before_utc,
         ends=leaf.not_valid_after_utc,
