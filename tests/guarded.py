@@ -95,13 +95,16 @@ async def reply(send: Send, body: bytes) -> None:
 
 @asynccontextmanager
 async def guarded_server(
-    settings: GuardSettings, *, tls: ssl.SSLContext | None = None
+    settings: GuardSettings,
+    *,
+    tls: ssl.SSLContext | None = None,
+    proxy_protocol: bool = False,
 ) -> AsyncIterator[Guarded]:
     """Serve while the context is open."""
     tiny = Guarded()
     with socket.create_server(("127.0.0.1", 0), backlog=2_048) as listener:
         tiny.port = listener.getsockname()[1]
-        door = Door(tiny, listener, settings, tls=tls)
+        door = Door(tiny, listener, settings, tls=tls, proxy_protocol=proxy_protocol)
         async with asyncio.TaskGroup() as group:
             group.create_task(door.serve())
             await door.opened.wait()

@@ -293,6 +293,7 @@ async def serve(
                 public,
                 public_guard,
                 tls=None if shown is None else shown.context,
+                proxy_protocol=config.server.proxy_protocol,
             ),
             admin=[Door(platform.admin_app, sock, guard) for sock in (inner, outer) if sock],
         )

@@ -318,7 +318,7 @@ def _wrong_forms(config: Config) -> Iterator[tuple[str, str]]:
         yield "server.host", why
     if server.admin_listen:
         yield from _wrong_admin(server.admin_listen, public=(server.host, server.port))
-    yield from _wrong_proxies(server.trusted_proxies)
+    yield from _wrong_proxies(server)
     yield from _wrong_origins(server.cors_origins)
     yield from _wrong_tls(server)
     if not config.engine.model.strip():
@@ -341,8 +341,11 @@ def _wrong_admin(text: str, *, public: tuple[str, int]) -> Iterator[tuple[str, s
         yield "server.admin_listen", "is the public address. Choose another port."
 
 
-def _wrong_proxies(proxies: tuple[str, ...]) -> Iterator[tuple[str, str]]:
-    for proxy in proxies:
+def _wrong_proxies(server: ServerSettings) -> Iterator[tuple[str, str]]:
+    if server.proxy_protocol and not server.trusted_proxies:
+        why = "needs the addresses of the proxies. Name them in server.trusted_proxies."
+        yield "server.proxy_protocol", why
+    for proxy in server.trusted_proxies:
         if not _is_network(proxy):
             why = f"must be addresses or blocks like 10.0.0.0/8, not {_shown(proxy)}."
             yield "server.trusted_proxies", why

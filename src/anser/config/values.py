@@ -55,6 +55,9 @@ class ServerSettings:
     trusted_proxies: tuple[str, ...] = _setting(
         (), "Addresses or CIDR blocks of proxies whose word on who asks is taken.", live=True
     )
+    proxy_protocol: bool = _setting(
+        default=False, doc="Whether trusted proxies say who asks in a PROXY header."
+    )
     cors_origins: tuple[str, ...] = _setting(
         (),
         "Origins whose pages may ask with a key, like https://chat.example; * is all.",

@@ -45,7 +45,10 @@ _PRIVATE = 0o600
 
 
 class Door:
-    """One application on one listening socket; with `tls`, behind handshakes."""
+    """One application on one listening socket.
+
+    With `tls` it is behind handshakes; with `proxy_protocol`, trusted proxies say who asks.
+    """
 
     def __init__(
         self,
@@ -54,11 +57,14 @@ class Door:
         guard: GuardSettings,
         *,
         tls: ssl.SSLContext | None = None,
+        proxy_protocol: bool = False,
     ) -> None:
         self.opened = asyncio.Event()
         self._sock = sock
         self._protocol = guarded(guard)
-        self._entrance = None if tls is None else Entrance(sock, tls=tls)
+        self._entrance: Entrance | None = None
+        if tls is not None or proxy_protocol:
+            self._entrance = Entrance(sock, tls=tls, proxy_protocol=proxy_protocol)
         self._server = _Server(
             uvicorn.Config(
                 app,

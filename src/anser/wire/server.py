@@ -45,6 +45,7 @@ from anser.core.errors import (
 from anser.wire.cors import Cors
 from anser.wire.framing import Body, body_of, check_head_bytes, check_headers
 from anser.wire.proxies import Proxies
+from anser.wire.proxy_header import Address
 
 __all__ = ["GuardSettings", "GuardedProtocol", "guarded"]
 
@@ -89,7 +90,8 @@ class GuardedProtocol(HttpToolsProtocol):
         self._busy = False  # an answer is still to be sent
         self._refused = False
         self._common = self.server_state.default_headers  # of the present answer, or a refusal
-        self._proxied = False  # the other end is a trusted proxy
+        self.announced: Address | None = None  # who asks, as a proxy said before HTTP began
+        self._proxy: str | None = None  # the other end, if it is a trusted proxy
         self._head_timer = _Timer(self.loop)
         self._body_timer = _Timer(self.loop)
         self._write_timer = _Timer(self.loop)
@@ -103,8 +105,9 @@ class GuardedProtocol(HttpToolsProtocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Called by the event loop."""
         super().connection_made(transport)
-        if self.client is not None:
-            self._proxied = self.settings.proxies.trusts(self.client[0])
+        if self.client is not None and self.settings.proxies.trusts(self.client[0]):
+            self._proxy = self.client[0]
+            self.client = self.announced or self.client
         if len(self.connections) > self.settings.connections_max:
             self._refuse(Overloaded("Too many connections are open here."), linger=False)
         else:
@@ -214,7 +217,7 @@ class GuardedProtocol(HttpToolsProtocol):
         if parser.should_upgrade():
             raise Malformed("Nothing is tunnelled here.")
         self._head_seen = True
-        if self._proxied:
+        if self._proxy is not None:
             self._name_client()
         super().on_headers_complete()
         if self.settings.cors:
@@ -235,11 +238,12 @@ class GuardedProtocol(HttpToolsProtocol):
     def _name_client(self) -> None:
         """Tell the application who asked the proxy, and that there is one."""
         assert self.client is not None
-        asked = self.settings.proxies.asked(self.client[0], self.headers)
         scope = cast("dict[str, object]", self.scope)
-        scope["client"] = (asked.address, 0)
-        scope["scheme"] = asked.scheme or scope["scheme"]
-        scope["proxy"] = self.client[0]
+        scope["proxy"] = self._proxy
+        if self.announced is None or self.settings.proxies.trusts(self.client[0]):
+            asked = self.settings.proxies.asked(self.client[0], self.headers)
+            scope["client"] = (asked.address, 0)
+            scope["scheme"] = asked.scheme or scope["scheme"]
 
     def on_message_complete(self) -> None:
         """Called by the parser."""
