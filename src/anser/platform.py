@@ -10,6 +10,7 @@ separate admin listener if one is set.
 from __future__ import annotations
 
 import asyncio
+import os
 import socket
 from collections.abc import AsyncGenerator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
@@ -32,7 +33,7 @@ from anser.adapters.sqlite import SqliteStore
 from anser.api.app import admin_app, public_app
 from anser.api.context import Services
 from anser.config import Config, Loaded, Reread, split_address
-from anser.core.errors import AnserError, ConfigError, SourceError
+from anser.core.errors import AnserError, ConfigError, DataDirInUse, SourceError
 from anser.core.fleet import Node
 from anser.core.health import NodeState
 from anser.core.hub import Model
@@ -47,10 +48,11 @@ from anser.services.ledger import Ledger
 from anser.services.members import OWNER, Members, Spent
 from anser.wire.cors import Cors
 from anser.wire.doors import Door, is_loopback, listen, listen_unix, url_of
+from anser.wire.handover import SOURCE, inherited
 from anser.wire.proxies import Proxies
 from anser.wire.server import GuardSettings
 from anser.wire.signals import Signals
-from anser.wire.tls import Identity, identity
+from anser.wire.tls import Identity
 
 __all__ = [
     "BUILTIN",
@@ -66,7 +68,9 @@ BUILTIN = "builtin"
 _DAY_MS, _HOUR_MS = 86_400_000, 3_600_000
 _START_KEY_LIFETIME_S = 30 * 86_400.0
 _FIRST_LOOK_S = 0.02
-_FIRST_LOOKS = 50  # at nodes that have not said what they serve, before a model is named
+_FIRST_LOOKS = 50  # at nodes that have not said what they serve
+_SUCCESSION_S = 10.0  # beyond its time to drain, for a predecessor to end
+_SUCCESSION_POLL_S = 0.05
 _FETCH_AGAIN_S = 5.0
 _FETCH_AGAIN_MAX_S = 300.0
 _log = structlog.get_logger("anser")
@@ -272,32 +276,36 @@ async def serve(
     `reread`, in a thread, at each SIGHUP. Raises ConfigError, StoreError.
     """
     harden()
-    config = loaded.config
     async with AsyncExitStack() as stack:
         signals = stack.enter_context(Signals.watched())
         shown, trouble = identity_of(loaded)
         if trouble is not None:
             _log.warning("clients will refuse the certificate", reason=trouble)
-        public = stack.enter_context(listen(config.server.host, config.server.port))
-        platform = await stack.enter_async_context(open_platform(loaded, progress=progress))
+        handed = inherited(os.environ)
+        address = None if handed is None else handed.getsockname()[:2]
+        loaded = loaded.at(address, SOURCE)
+        config = loaded.config
+        public = stack.enter_context(handed or listen(config.server.host, config.server.port))
+        patience_s = 0.0 if handed is None else config.server.drain_s + _SUCCESSION_S
+        platform = await _opened(stack, loaded, progress, signals, patience_s=patience_s)
         inner = stack.enter_context(listen_unix(platform.data_dir.socket))
         outer = None
         if config.server.admin_listen:
             outer = stack.enter_context(listen(*split_address(config.server.admin_listen)))
-        guard, public_guard = _guards(config)
         doors = _Doors(
             platform=platform,
+            address=address,
             identity=shown,
-            public=Door(
-                platform.public_app,
-                public,
-                public_guard,
-                tls=None if shown is None else shown.context,
-                proxy_protocol=config.server.proxy_protocol,
-            ),
-            admin=[Door(platform.admin_app, sock, guard) for sock in (inner, outer) if sock],
+            public=_public_door(platform, public, shown),
+            admin=[
+                Door(platform.admin_app, sock, _guards(config)[0])
+                for sock in (inner, outer)
+                if sock
+            ],
         )
         listening = await _listening(platform, url_of(public, shown), outer, mint_key=mint_key)
+        if handed is not None:  # somebody waits there already, for models of nodes, too
+            await _first_looks(platform.services.fleet)
         async with asyncio.TaskGroup() as tasks:
             for door in doors.all:
                 tasks.create_task(door.serve())
@@ -309,9 +317,29 @@ async def serve(
             obeying.cancel()
             if stopping is not None:
                 stopping()
-            await _drain(platform, signals, config.server.drain_s)
+            await _drain(doors, signals, config.server.drain_s)
             for door in doors.all:
                 door.close(quickly=signals.second.is_set())
+
+
+async def _opened(
+    stack: AsyncExitStack,
+    loaded: Loaded,
+    progress: Progress | None,
+    signals: Signals,
+    *,
+    patience_s: float,
+) -> Platform:
+    """The platform, once its data folder is free: a predecessor may still be draining there."""
+    loop = asyncio.get_running_loop()
+    give_up_at = loop.time() + patience_s
+    while True:
+        try:
+            return await stack.enter_async_context(open_platform(loaded, progress=progress))
+        except DataDirInUse:
+            if loop.time() >= give_up_at or signals.first.is_set():
+                raise
+        await asyncio.sleep(_SUCCESSION_POLL_S)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -319,6 +347,7 @@ class _Doors:
     """The open sockets of a platform, and what is shown there."""
 
     platform: Platform
+    address: tuple[str, int] | None  # of the public one, if it stays open elsewhere
     identity: Identity | None
     public: Door
     admin: list[Door]
@@ -327,13 +356,25 @@ class _Doors:
     def all(self) -> list[Door]:
         return [self.public, *self.admin]
 
+    async def leave(self) -> None:
+        """Admit nothing new, and wait for what runs.
+
+        On a socket that was handed over, who is there is still served, and who comes waits for
+        the successor.
+        """
+        gateway = self.platform.services.gateway
+        if self.address is not None:
+            await self.public.retire()
+        gateway.drain()
+        await gateway.empty.wait()
+
     def take_up(self, new: Loaded) -> None:
         """Put in force what may change of these settings, all of it or nothing.
 
         Raises ConfigError.
         """
         services = self.platform.services
-        found = Reread.of(services.loaded, new)
+        found = Reread.of(services.loaded, new.at(self.address, SOURCE))
         shown, trouble = identity_of(found.loaded)
         if trouble is not None and shown != self.identity:
             raise ConfigError(trouble)
@@ -367,17 +408,23 @@ def identity_of(
 ) -> tuple[Identity, str | None] | tuple[None, None]:
     """What is shown in handshakes, if TLS is on, and why clients will refuse it at once or soon.
 
-    Raises ConfigError, which names where the setting came from.
+    Raises ConfigError.
     """
-    server = loaded.config.server
-    if not server.tls_certificate:
+    found = loaded.identity()
+    if found is None:
         return None, None
-    try:
-        found = identity(Path(server.tls_certificate), Path(server.tls_key))
-    except ConfigError as error:
-        source = loaded.sources[str(error.param)]
-        raise ConfigError(f"{source}: {error.message}", param=error.param) from error
     return found, found.trouble(SystemClock().wall(), soon_s=soon_s)
+
+
+def _public_door(platform: Platform, sock: socket.socket, shown: Identity | None) -> Door:
+    config = platform.services.config
+    return Door(
+        platform.public_app,
+        sock,
+        _guards(config)[1],
+        tls=None if shown is None else shown.context,
+        proxy_protocol=config.server.proxy_protocol,
+    )
 
 
 def _guards(config: Config) -> tuple[GuardSettings, GuardSettings]:
@@ -421,25 +468,30 @@ async def _first_model(services: Services) -> str | None:
     if services.config.engine.enabled:
         return services.hub.resolve(services.config.engine.model).id
     fleet = services.fleet
-    for _ in range(_FIRST_LOOKS):  # the stored nodes have just been asked
-        if not any(status.state is NodeState.STARTING for status in fleet.statuses()):
-            break
-        await asyncio.sleep(_FIRST_LOOK_S)
+    await _first_looks(fleet)
     up = [status.offers for status in fleet.statuses() if status.state is NodeState.UP]
     names = {offer.model for offers in up for offer in offers} or fleet.models().keys()
     return min(names, default=None)
 
 
-async def _drain(platform: Platform, stop: Signals, seconds: float) -> None:
-    """Admit nothing new, and let what runs finish: until idle, `seconds`, or a second signal."""
-    gateway = platform.services.gateway
-    gateway.drain()
+async def _first_looks(fleet: Fleet) -> None:
+    """Wait, for a moment, for the stored nodes to say what they serve."""
+    for _ in range(_FIRST_LOOKS):
+        waits = (s.state is NodeState.STARTING for s in fleet.statuses() if s.node.id != BUILTIN)
+        if not any(waits):
+            return
+        await asyncio.sleep(_FIRST_LOOK_S)
+
+
+async def _drain(doors: _Doors, signals: Signals, seconds: float) -> None:
+    """Let what runs finish and admit nothing new: until idle, `seconds`, or a second signal."""
     with suppress(TimeoutError):
         async with asyncio.timeout(seconds), asyncio.TaskGroup() as tasks:
             waits = {
-                tasks.create_task(gateway.empty.wait()),
-                tasks.create_task(stop.second.wait()),
+                tasks.create_task(doors.leave()),
+                tasks.create_task(signals.second.wait()),
             }
             await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
             for wait in waits:
                 wait.cancel()
+    doors.platform.services.gateway.drain()

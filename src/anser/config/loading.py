@@ -12,7 +12,7 @@ import os
 import re
 import tomllib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from ipaddress import ip_address, ip_network
 from pathlib import Path
 from typing import Any, cast
@@ -23,6 +23,7 @@ from anser.core import limits
 from anser.core.errors import ConfigError, RequestError
 from anser.core.hub import read_spec
 from anser.wire.cors import is_origin
+from anser.wire.tls import Identity, identity
 
 __all__ = ["Loaded", "check_forms", "load", "split_address"]
 
@@ -40,6 +41,27 @@ class Loaded:
         """A Config that was made and not read: all of it counts as given on the command line."""
         sources = dict.fromkeys((setting.path for setting in settings()), "command line")
         return cls(config=config, sources=sources, file=None)
+
+    def at(self, address: tuple[str, int] | None, source: str) -> Loaded:
+        """The same, listening at this address, if any, which `source` decided. ConfigError."""
+        if address is None:
+            return self
+        server = replace(self.config.server, host=address[0], port=address[1])
+        config = replace(self.config, server=server)
+        sources = {**self.sources, "server.host": source, "server.port": source}
+        check_forms(config, sources)
+        return replace(self, config=config, sources=sources)
+
+    def identity(self) -> Identity | None:
+        """The certificate and its key, read and checked; None without TLS. Raises ConfigError."""
+        server = self.config.server
+        if not server.tls_certificate:
+            return None
+        try:
+            return identity(Path(server.tls_certificate), Path(server.tls_key))
+        except ConfigError as error:
+            source = self.sources[str(error.param)]
+            raise ConfigError(f"{source}: {error.message}", param=error.param) from error
 
     def check_model(self) -> None:
         """The model's file is there, if it is one of this machine. Raises ConfigError."""

@@ -40,6 +40,7 @@ __all__ = [
 
 _BACKLOG = 2_048
 _FLUSH_S = 3.0  # for the last bytes of what has finished
+_PATIENCE_S = 1.0  # with connections that have said nothing when their platform retires
 _TICK_S = 0.02
 _PRIVATE = 0o600
 
@@ -103,6 +104,13 @@ class Door:
             assert self._entrance is not None, self
             self._entrance.tls = tls
 
+    async def retire(self) -> None:
+        """Leave who comes to the successor on this socket; returns when who is here has left.
+
+        Each connection is closed after its present request, or its first if that is on its way.
+        """
+        await self._server.retire(self._sock)
+
     def close(self, *, quickly: bool) -> None:
         """Take no more connections, and end once running requests have; or at once."""
         self._server.force_exit = quickly
@@ -145,6 +153,26 @@ class _Server(uvicorn.Server):
             task.cancel()
         if cut_short:
             await asyncio.wait(cut_short, timeout=ABORT_WAIT_S + _FLUSH_S)  # they stop engines
+
+    async def retire(self, sock: socket.socket) -> None:
+        """Take no more connections on `sock`, and let those that are there come to their end."""
+        loop = asyncio.get_running_loop()
+        patient_until = loop.time() + _PATIENCE_S
+        self._stop_accepting([sock])
+        await asyncio.sleep(_TICK_S)  # what was accepted a moment ago becomes a connection
+        while (present := self._present()) or self._arriving:
+            for connection in present:
+                connection.retire(patient=loop.time() < patient_until)
+            await asyncio.sleep(_TICK_S)
+
+    def _present(self) -> list[GuardedProtocol]:
+        """The connections that nobody has closed yet."""
+        connections = cast("set[GuardedProtocol]", self.server_state.connections)
+        return [each for each in connections if not each.transport.is_closing()]
+
+    @property
+    def _arriving(self) -> bool:
+        return self._entrance is not None and self._entrance.arriving > 0
 
     def _stop_accepting(self, sockets: Iterable[socket.socket]) -> None:
         if self._entrance is not None:

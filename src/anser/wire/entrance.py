@@ -46,6 +46,11 @@ class Entrance:
     def __repr__(self) -> str:
         return f"<Entrance {self._sock.fileno()} arriving={self._arriving}>"
 
+    @property
+    def arriving(self) -> int:
+        """How many have not said their first word yet."""
+        return self._arriving
+
     async def run(self, make: Callable[[], GuardedProtocol]) -> None:
         """Give each connection a protocol of its own from `make`; until `close`."""
         self._make = make

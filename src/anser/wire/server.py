@@ -87,6 +87,7 @@ class GuardedProtocol(HttpToolsProtocol):
         self._body: Body | None = None  # of the present request, until its last byte
         self._head_seen = False  # told by the parser
         self._message_seen = False
+        self._begun = False  # its first head has come
         self._busy = False  # an answer is still to be sent
         self._refused = False
         self._common = self.server_state.default_headers  # of the present answer, or a refusal
@@ -170,6 +171,7 @@ class GuardedProtocol(HttpToolsProtocol):
                 self._time_head()
             return False
         self._searched = 0
+        self._begun = True
         self._head_timer.stop()
         self._head_seen = self._message_seen = False
         self._parse(_UPGRADE.sub(b"", self._take(size)))
@@ -272,6 +274,12 @@ class GuardedProtocol(HttpToolsProtocol):
             self.transport.abort()
         else:
             super().timeout_keep_alive_handler()
+
+    def retire(self, *, patient: bool) -> None:
+        """Close after the present request, or one that has begun; if `patient`, after a first."""
+        awaited = bool(self._inbox) or (patient and not self._begun)
+        if self._busy or not awaited:
+            self.shutdown()
 
     # Time
 
