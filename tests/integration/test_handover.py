@@ -225,8 +225,8 @@ async def test_idle_connections_hold_nothing_up(data_dir: Path, holder: socket.s
 
 
 async def test_a_door_lets_everybody_finish(holder: socket.socket) -> None:
-    """asyncio's own loop (uvloop's runs above): of those connected when the door retires, who has
-    said nothing yet is waited for a moment, who asks is answered, and who idles is closed.
+    """asyncio's own loop (uvloop's runs above): of those connected when the door retires, who asks
+    within a moment is answered once more and told that this was the last, and who idles is closed.
     """
     tiny = Guarded()
     tiny.port = holder.getsockname()[1]
@@ -234,22 +234,25 @@ async def test_a_door_lets_everybody_finish(holder: socket.socket) -> None:
     async with asyncio.TaskGroup() as group, AsyncExitStack() as stack:
         group.create_task(door.serve())
         await door.opened.wait()
-        fresh, half, busy, idle, mute = [
-            await stack.enter_async_context(Client.to(tiny)) for _ in range(5)
+        fresh, half, busy, kept, idle, mute = [
+            await stack.enter_async_context(Client.to(tiny)) for _ in range(6)
         ]
         half.send(post("/half")[:20])
         busy.send(post("/wait"))
-        idle.send(post("/idle"))
-        await idle.answer()
+        for client in (kept, idle):
+            client.send(post("/first"))
+            assert b"connection: close" not in (await client.answer())[1].lower()
         while "/wait" not in tiny.paths:
             await asyncio.sleep(0.01)
         retiring = group.create_task(door.retire())
-        assert await idle.closed()
+        await asyncio.sleep(0)
         late = await stack.enter_async_context(Client.to(tiny))
         late.send(post("/late"))
-        fresh.send(post("/fresh"))
-        assert (await fresh.answer())[2] == b"/fresh:0"
-        assert await fresh.closed()
+        for client in (fresh, kept):
+            client.send(post("/last"))
+            assert b"connection: close" in (await client.answer())[1].lower()
+            assert await client.closed()
+        assert await idle.closed()
         assert await mute.closed()
         half.send(post("/half")[20:])
         assert (await half.answer())[2] == b"/half:0"

@@ -23,7 +23,7 @@ from tests.certificates import LONG_AGO, Pair, pair
 from tests.guarded import Client, guarded_server, post
 from tests.integration.test_config_faults import complaint, serve
 from tests.outside import CHAT, HELLO, error_of, node
-from tests.server import Server, serving
+from tests.server import Server, serving, wait_until
 from tests.streams import WAIT_S, idlers
 
 pytestmark = pytest.mark.anyio
@@ -311,3 +311,42 @@ async def test_a_client_that_leaves_in_mid_handshake(server: Server, shown: Pair
     async with httpx.AsyncClient(verify=shown.trusting()) as http:
         assert (await http.get(f"{server.url}/health")).status_code == 200
     assert server.complaints == ""
+
+
+async def test_who_does_not_read_is_cut(tmp_path: Path) -> None:
+    """Behind TLS, too, an answer that nobody reads is held back, bounded, and then cut off."""
+    mine = pair(tmp_path)
+    settings = GuardSettings(write_timeout_s=HEAD_S)
+    async with guarded_server(settings, tls=mine.showing()) as tiny:
+        async with Client.to(tiny, tls=mine.trusting()) as client:
+            client.reader._transport.pause_reading()  # type: ignore[attr-defined]
+            client.send(post("/pour"))
+            await asyncio.sleep(0.4 * HEAD_S)
+            held = tiny.sent
+            assert 0 < held < 64 * 1024 * 1024  # the kernel's buffers take the most of it
+            await asyncio.sleep(1.6 * HEAD_S)
+            client.reader._transport.resume_reading()  # type: ignore[attr-defined]
+            with pytest.raises((ConnectionError, asyncio.IncompleteReadError)):
+                await client.reader.readexactly(4_096 * 65_536)
+        async with Client.to(tiny, tls=mine.trusting()) as other:
+            other.send(post("/a"))
+            assert (await other.answer())[2] == b"/a:0"
+
+
+async def test_without_files_it_recovers(tmp_path: Path, shown: Pair) -> None:
+    """More connections than the system gives it files for: they wait, and it serves afterwards."""
+    environment = {**shown.environment, "ANSER_SERVER_HEAD_TIMEOUT_S": str(HEAD_S)}
+    with serving(
+        tmp_path / "data", "--no-engine", environment=environment, descriptors=64
+    ) as small:
+        async with idlers(small.port, 200):
+            await asyncio.sleep(0.5)
+        url, trusting = f"{small.url}/health", shown.trusting()
+
+        def served() -> bool:
+            with suppress(httpx.TransportError):
+                return httpx.get(url, verify=trusting, timeout=WAIT_S).status_code == 200
+            return False
+
+        await asyncio.to_thread(wait_until, served)
+        assert '"level": "error"' not in small.complaints

@@ -40,7 +40,7 @@ __all__ = [
 
 _BACKLOG = 2_048
 _FLUSH_S = 3.0  # for the last bytes of what has finished
-_PATIENCE_S = 1.0  # with connections that have said nothing when their platform retires
+_PATIENCE_S = 1.0  # with idle connections, when their platform retires: a request may be under way
 _TICK_S = 0.02
 _PRIVATE = 0o600
 
@@ -107,7 +107,7 @@ class Door:
     async def retire(self) -> None:
         """Leave who comes to the successor on this socket; returns when who is here has left.
 
-        Each connection is closed after its present request, or its first if that is on its way.
+        Each connection is closed behind its next answer; one that idles, after a moment.
         """
         await self._server.retire(self._sock)
 
@@ -159,11 +159,12 @@ class _Server(uvicorn.Server):
         loop = asyncio.get_running_loop()
         patient_until = loop.time() + _PATIENCE_S
         self._stop_accepting([sock])
-        await asyncio.sleep(_TICK_S)  # what was accepted a moment ago becomes a connection
-        while (present := self._present()) or self._arriving:
-            for connection in present:
+        while True:
+            for connection in self._present():
                 connection.retire(patient=loop.time() < patient_until)
-            await asyncio.sleep(_TICK_S)
+            await asyncio.sleep(_TICK_S)  # what was accepted a moment ago becomes a connection
+            if not (self._present() or self._arriving):
+                return
 
     def _present(self) -> list[GuardedProtocol]:
         """The connections that nobody has closed yet."""

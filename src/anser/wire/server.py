@@ -87,7 +87,7 @@ class GuardedProtocol(HttpToolsProtocol):
         self._body: Body | None = None  # of the present request, until its last byte
         self._head_seen = False  # told by the parser
         self._message_seen = False
-        self._begun = False  # its first head has come
+        self._retiring = False  # the next answer is its last
         self._busy = False  # an answer is still to be sent
         self._refused = False
         self._common = self.server_state.default_headers  # of the present answer, or a refusal
@@ -171,7 +171,6 @@ class GuardedProtocol(HttpToolsProtocol):
                 self._time_head()
             return False
         self._searched = 0
-        self._begun = True
         self._head_timer.stop()
         self._head_seen = self._message_seen = False
         self._parse(_UPGRADE.sub(b"", self._take(size)))
@@ -224,6 +223,8 @@ class GuardedProtocol(HttpToolsProtocol):
         super().on_headers_complete()
         if self.settings.cors:
             self._share()
+        if self._retiring:
+            self.cycle.keep_alive = False
         if version == "1.0":
             self.cycle.__class__ = _OldCycle
         self._busy = True
@@ -276,9 +277,9 @@ class GuardedProtocol(HttpToolsProtocol):
             super().timeout_keep_alive_handler()
 
     def retire(self, *, patient: bool) -> None:
-        """Close after the present request, or one that has begun; if `patient`, after a first."""
-        awaited = bool(self._inbox) or (patient and not self._begun)
-        if self._busy or not awaited:
+        """Make the next answer the last, and close if none is under way; if `patient`, wait."""
+        self._retiring = True
+        if self._busy or not (patient or self._inbox):
             self.shutdown()
 
     # Time
