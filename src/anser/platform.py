@@ -3,8 +3,8 @@
 Theory of operation. `open_platform` owns everything through one exit stack and one task group: the
 data folder's lock first, then the store, the services' loops, and last the engine, which loads
 while requests already queue. Leaving closes in the opposite order, the ledger after whatever still
-writes receipts. `serve` adds the sockets: the public one, the admin one in the data folder, and a
-separate admin listener if one is set.
+writes receipts. `serve` adds the sockets (serving.py): the public one, the admin one in the data
+folder, and a separate admin listener if one is set.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ import asyncio
 import os
 import socket
 from collections.abc import AsyncGenerator, Callable
-from contextlib import AsyncExitStack, asynccontextmanager, suppress
-from dataclasses import dataclass, replace
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import structlog
@@ -32,7 +32,7 @@ from anser.adapters.signer import KeyFileSigner
 from anser.adapters.sqlite import SqliteStore
 from anser.api.app import admin_app, public_app
 from anser.api.context import Services
-from anser.config import Config, Loaded, Reread, split_address
+from anser.config import Config, Loaded, split_address
 from anser.core.errors import AnserError, ConfigError, DataDirInUse, SourceError
 from anser.core.fleet import Node
 from anser.core.health import NodeState
@@ -46,11 +46,9 @@ from anser.services.gateway import Gateway
 from anser.services.hub import Hub
 from anser.services.ledger import Ledger
 from anser.services.members import OWNER, Members, Spent
-from anser.wire.cors import Cors
-from anser.wire.doors import Door, is_loopback, listen, listen_unix, url_of
+from anser.serving import BUILTIN, Doors, first_looks, is_open
+from anser.wire.doors import listen, listen_unix, url_of
 from anser.wire.handover import SOURCE, inherited
-from anser.wire.proxies import Proxies
-from anser.wire.server import GuardSettings
 from anser.wire.signals import Signals
 from anser.wire.tls import Identity
 
@@ -64,11 +62,8 @@ __all__ = [
     "serve",
 ]
 
-BUILTIN = "builtin"
 _DAY_MS, _HOUR_MS = 86_400_000, 3_600_000
 _START_KEY_LIFETIME_S = 30 * 86_400.0
-_FIRST_LOOK_S = 0.02
-_FIRST_LOOKS = 50  # at nodes that have not said what they serve
 _SUCCESSION_S = 10.0  # beyond its time to drain, for a predecessor to end
 _SUCCESSION_POLL_S = 0.05
 _FETCH_AGAIN_S = 5.0
@@ -121,7 +116,7 @@ async def open_platform(
         folder = stack.enter_context(DataDir.open(config.data_dir))
         store = await stack.enter_async_context(SqliteStore.open(folder.store))
         clock = SystemClock()
-        members = Members(store, clock, folder.pepper(), config.members, _anonymous(config))
+        members = Members(store, clock, folder.pepper(), config.members, is_open(config))
         await members.load()
         signer = KeyFileSigner.open(folder.signing_key)
         own_key = signer.public_key.hex()
@@ -170,12 +165,6 @@ def _contribution(config: Config, gateway: Gateway) -> Contribution:
         clock=gateway.clock,
         public_share=config.members.public_share,
     )
-
-
-def _anonymous(config: Config) -> bool:
-    """Whether use without a key is allowed: a setting, by default on loopback only."""
-    wish = config.members.anonymous
-    return wish == "on" or (wish == "auto" and is_loopback(config.server.host))
 
 
 def _engine_for(node: Node) -> Engine:
@@ -292,32 +281,29 @@ async def serve(
         outer = None
         if config.server.admin_listen:
             outer = stack.enter_context(listen(*split_address(config.server.admin_listen)))
-        doors = _Doors(
-            platform=platform,
-            address=address,
+        doors = Doors.on(
+            (platform.public_app, public),
+            [(platform.admin_app, sock) for sock in (inner, outer) if sock],
+            platform.services,
             identity=shown,
-            public=_public_door(platform, public, shown),
-            admin=[
-                Door(platform.admin_app, sock, _guards(config)[0])
-                for sock in (inner, outer)
-                if sock
-            ],
+            handed=handed is not None,
+            connections_max=_connections_max(open_files_max()),
         )
         listening = await _listening(platform, url_of(public, shown), outer, mint_key=mint_key)
         if handed is not None:  # somebody waits there already, for models of nodes, too
-            await _first_looks(platform.services.fleet)
+            await first_looks(platform.services.fleet)
         async with asyncio.TaskGroup() as tasks:
             for door in doors.all:
                 tasks.create_task(door.serve())
             for door in doors.all:
                 await door.opened.wait()
             announce(listening)
-            obeying = tasks.create_task(_reread(doors, signals, reread or (lambda: loaded)))
+            obeying = tasks.create_task(doors.obey(signals, reread or (lambda: loaded)))
             await signals.first.wait()
             obeying.cancel()
             if stopping is not None:
                 stopping()
-            await _drain(doors, signals, config.server.drain_s)
+            await doors.drain(signals)
             for door in doors.all:
                 door.close(quickly=signals.second.is_set())
 
@@ -332,75 +318,17 @@ async def _opened(
 ) -> Platform:
     """The platform, once its data folder is free: a predecessor may still be draining there."""
     loop = asyncio.get_running_loop()
-    give_up_at = loop.time() + patience_s
+    give_up_at, told = loop.time() + patience_s, False
     while True:
         try:
             return await stack.enter_async_context(open_platform(loaded, progress=progress))
-        except DataDirInUse:
+        except DataDirInUse as error:
             if loop.time() >= give_up_at or signals.first.is_set():
                 raise
+            if not told:
+                _log.info("a predecessor is waited for", reason=error.message)
+            told = True
         await asyncio.sleep(_SUCCESSION_POLL_S)
-
-
-@dataclass(slots=True, kw_only=True)
-class _Doors:
-    """The open sockets of a platform, and what is shown there."""
-
-    platform: Platform
-    address: tuple[str, int] | None  # of the public one, if it stays open elsewhere
-    identity: Identity | None
-    public: Door
-    admin: list[Door]
-
-    @property
-    def all(self) -> list[Door]:
-        return [self.public, *self.admin]
-
-    async def leave(self) -> None:
-        """Admit nothing new, and wait for what runs.
-
-        On a socket that was handed over, who is there is still served, and who comes waits for
-        the successor.
-        """
-        gateway = self.platform.services.gateway
-        if self.address is not None:
-            await self.public.retire()
-        gateway.drain()
-        await gateway.empty.wait()
-
-    def take_up(self, new: Loaded) -> None:
-        """Put in force what may change of these settings, all of it or nothing.
-
-        Raises ConfigError.
-        """
-        services = self.platform.services
-        found = Reread.of(services.loaded, new.at(self.address, SOURCE))
-        shown, trouble = identity_of(found.loaded)
-        if trouble is not None and shown != self.identity:
-            raise ConfigError(trouble)
-        found.put_in_force(services.loaded)
-        guard, public_guard = _guards(services.config)
-        self.identity = shown
-        self.public.change(public_guard, tls=None if shown is None else shown.context)
-        for door in self.admin:
-            door.change(guard)
-        services.members.anonymous = _anonymous(services.config)
-        services.contribution.public_share = services.config.members.public_share
-        services.gateway.scheduler.queued_max = services.config.gateway.queued_max
-        _log.info("settings were read anew", changed=found.changed)
-        if found.waiting:
-            _log.warning("settings wait for a restart", settings=found.waiting)
-
-
-async def _reread(doors: _Doors, signals: Signals, read: Callable[[], Loaded]) -> None:
-    """Take up new settings at each wish; those with a mistake change nothing."""
-    while True:
-        await signals.reread.wait()
-        signals.reread.clear()
-        try:
-            doors.take_up(await asyncio.to_thread(read))
-        except ConfigError as error:
-            _log.error("settings stay as they were", reason=error.message)
 
 
 def identity_of(
@@ -414,31 +342,6 @@ def identity_of(
     if found is None:
         return None, None
     return found, found.trouble(SystemClock().wall(), soon_s=soon_s)
-
-
-def _public_door(platform: Platform, sock: socket.socket, shown: Identity | None) -> Door:
-    config = platform.services.config
-    return Door(
-        platform.public_app,
-        sock,
-        _guards(config)[1],
-        tls=None if shown is None else shown.context,
-        proxy_protocol=config.server.proxy_protocol,
-    )
-
-
-def _guards(config: Config) -> tuple[GuardSettings, GuardSettings]:
-    """What the admin sockets take from clients, and what the public one takes."""
-    server = config.server
-    guard = GuardSettings(
-        head_bytes_max=server.head_bytes_max,
-        head_timeout_s=server.head_timeout_s,
-        body_timeout_s=server.body_timeout_s,
-        write_timeout_s=server.write_timeout_s,
-        proxies=Proxies(server.trusted_proxies),
-        connections_max=_connections_max(open_files_max()),
-    )
-    return guard, replace(guard, cors=Cors(server.cors_origins))
 
 
 def _connections_max(files_max: int) -> int:
@@ -468,30 +371,7 @@ async def _first_model(services: Services) -> str | None:
     if services.config.engine.enabled:
         return services.hub.resolve(services.config.engine.model).id
     fleet = services.fleet
-    await _first_looks(fleet)
+    await first_looks(fleet)
     up = [status.offers for status in fleet.statuses() if status.state is NodeState.UP]
     names = {offer.model for offers in up for offer in offers} or fleet.models().keys()
     return min(names, default=None)
-
-
-async def _first_looks(fleet: Fleet) -> None:
-    """Wait, for a moment, for the stored nodes to say what they serve."""
-    for _ in range(_FIRST_LOOKS):
-        waits = (s.state is NodeState.STARTING for s in fleet.statuses() if s.node.id != BUILTIN)
-        if not any(waits):
-            return
-        await asyncio.sleep(_FIRST_LOOK_S)
-
-
-async def _drain(doors: _Doors, signals: Signals, seconds: float) -> None:
-    """Let what runs finish and admit nothing new: until idle, `seconds`, or a second signal."""
-    with suppress(TimeoutError):
-        async with asyncio.timeout(seconds), asyncio.TaskGroup() as tasks:
-            waits = {
-                tasks.create_task(doors.leave()),
-                tasks.create_task(signals.second.wait()),
-            }
-            await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
-            for wait in waits:
-                wait.cancel()
-    doors.platform.services.gateway.drain()

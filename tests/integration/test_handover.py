@@ -174,7 +174,8 @@ async def test_streams_finish_and_who_comes_is_served_by_the_successor(
     ):
         await soon(stream.begun() for stream in streams)
         starting = group.create_task(_successor(data_dir, holder))
-        await asyncio.sleep(1.0)  # it waits for the folder
+        waits = "a predecessor is waited for"
+        await asyncio.to_thread(wait_until, lambda: waits in first.log.read_text(), within_s=WAIT_S)
         assert not starting.done()
         await asyncio.to_thread(stop, first)
         late = group.create_task(get(first, "/health"))
@@ -191,6 +192,33 @@ async def test_streams_finish_and_who_comes_is_served_by_the_successor(
 async def _successor(data_dir: Path, holder: socket.socket) -> None:
     async with platform(data_dir, holder) as server:
         assert server.pool()["draining"] is False
+
+
+async def test_a_folder_that_stays_held_ends_the_wait(
+    data_dir: Path, holder: socket.socket
+) -> None:
+    """Who waits for its predecessor may be stopped; it names the folder and who holds it."""
+    async with platform(data_dir, holder) as first:
+        line = await asyncio.to_thread(_stopped_waiting, holder, data_dir)
+        assert f"The data folder {data_dir} is in use" in line
+        assert str(first.process.pid) in line
+        assert (await get(first, "/health")).status_code == 200
+
+
+def _stopped_waiting(sock: socket.socket, data_dir: Path) -> str:
+    """What a platform says last that is stopped while it waits."""
+    command = [sys.executable, "-c", HAND_OVER, str(sock.fileno()), sys.executable, "-m", "anser"]
+    with subprocess.Popen(
+        [*command, "serve", "--no-engine", "--data-dir", str(data_dir)],
+        pass_fds=(sock.fileno(),),
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stderr is not None
+        assert "a predecessor is waited for" in process.stderr.readline()
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(WAIT_S) == 1
+        return process.stderr.read()
 
 
 async def test_the_time_to_drain_is_limited(data_dir: Path, holder: socket.socket) -> None:

@@ -257,16 +257,17 @@ def test_tls_is_not_switched_by_a_signal(secure: tuple[Server, Pair], file: Path
     assert shown_by(server) == made.serial
 
 
-def test_a_terminal_that_goes_away_ends_it(tmp_path: Path) -> None:
-    """Whoever closes the window that a platform was started in does not leave it behind; while
-    the window is there, SIGHUP reads the settings anew.
+@pytest.mark.parametrize("nohup", [False, True])
+def test_a_terminal_that_goes_away_ends_it(tmp_path: Path, nohup: bool) -> None:
+    """Whoever closes the window that a platform was started in does not leave it behind, unless it
+    was told to stay; while the window is there, SIGHUP reads the settings anew.
     """
     master, slave = pty.openpty()
     log = tmp_path / "log"
-
     command = [sys.executable, "-m", "anser", "serve", "--no-engine", "--no-key", "--port", "0"]
-    leader = "import fcntl, os, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0)"
-    command = [sys.executable, "-c", f"{leader}; os.execv(sys.argv[1], sys.argv[1:])", *command]
+    leader = "import fcntl, os, signal, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); "
+    leader += "signal.signal(signal.SIGHUP, signal.SIG_IGN); " if nohup else ""
+    command = [sys.executable, "-c", f"{leader}os.execv(sys.argv[1], sys.argv[1:])", *command]
     with log.open("w") as errors:
         process = subprocess.Popen(
             [*command, "--data-dir", str(tmp_path / "data")],
@@ -281,8 +282,10 @@ def test_a_terminal_that_goes_away_ends_it(tmp_path: Path) -> None:
         while b"Ctrl-C" not in seen:
             seen += window.read(1_000)
         process.send_signal(signal.SIGHUP)
-        wait_until(lambda: "settings were read anew" in log.read_text())
-        assert process.poll() is None
+        wait_until(lambda: log.read_text().count("settings were read anew") == 1)
+    if nohup:
+        wait_until(lambda: log.read_text().count("settings were read anew") == 2)
+        process.send_signal(signal.SIGTERM)
     assert process.wait(WAIT_S) == 0
     assert "Traceback" not in log.read_text()
 
