@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
+import ssl
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -93,12 +94,17 @@ async def reply(send: Send, body: bytes) -> None:
 
 
 @asynccontextmanager
-async def guarded_server(settings: GuardSettings) -> AsyncIterator[Guarded]:
+async def guarded_server(
+    settings: GuardSettings,
+    *,
+    tls: ssl.SSLContext | None = None,
+    proxy_protocol: bool = False,
+) -> AsyncIterator[Guarded]:
     """Serve while the context is open."""
     tiny = Guarded()
     with socket.create_server(("127.0.0.1", 0), backlog=2_048) as listener:
         tiny.port = listener.getsockname()[1]
-        door = Door(tiny, listener, settings)
+        door = Door(tiny, listener, settings, tls=tls, proxy_protocol=proxy_protocol)
         async with asyncio.TaskGroup() as group:
             group.create_task(door.serve())
             await door.opened.wait()
@@ -117,9 +123,11 @@ class Client:
 
     @classmethod
     @asynccontextmanager
-    async def to(cls, server: Guarded) -> AsyncIterator[Client]:
+    async def to(
+        cls, server: Guarded, *, tls: ssl.SSLContext | None = None
+    ) -> AsyncIterator[Client]:
         """Connect, and close at the end."""
-        reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
+        reader, writer = await asyncio.open_connection("127.0.0.1", server.port, ssl=tls)
         try:
             yield cls(reader, writer)
         finally:

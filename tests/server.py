@@ -13,6 +13,7 @@ import json
 import os
 import queue
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -28,8 +29,14 @@ import httpx
 from anser.core.hub import DEFAULT_MODEL
 from tests.model import model_path
 
-__all__ = ["Server", "give_model", "serving", "serving_model", "wait_until"]
+__all__ = ["HAND_OVER", "Server", "give_model", "serving", "serving_model", "wait_until"]
 
+HAND_OVER = """
+import os, sys
+os.dup2(int(sys.argv[1]), 3)
+os.environ.update(LISTEN_PID=str(os.getpid()), LISTEN_FDS="1")
+os.execv(sys.argv[2], sys.argv[2:])
+"""
 START_S = 60.0
 STOP_S = 40.0
 
@@ -105,16 +112,21 @@ def serving(
     ready: str = "listening",
     environment: dict[str, str] | None = None,
     descriptors: int | None = None,
+    handed: socket.socket | None = None,
 ) -> Iterator[Server]:
     """Start `anser serve` on a free port; yields at its event `ready`, ends it by SIGTERM.
 
-    With `descriptors`, it may have at most so many files and sockets open.
+    With `descriptors`, it may have at most so many files and sockets open; `handed` is a listening
+    socket that it gets from this process as it would from systemd.
     """
     data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
     log = data_dir.with_name(f"{data_dir.name}.log")
     command = [sys.executable, "-m", "anser", "serve", "--json", "--port", "0"]
     if descriptors is not None:
         command = ["sh", "-c", f'ulimit -n {descriptors}; exec "$0" "$@"', *command]
+    passed = () if handed is None else (handed.fileno(),)
+    if handed is not None:
+        command = [sys.executable, "-c", HAND_OVER, str(handed.fileno()), *command]
     with (
         log.open("w") as errors,
         subprocess.Popen(
@@ -122,6 +134,7 @@ def serving(
             stdout=subprocess.PIPE,
             stderr=errors,
             text=True,
+            pass_fds=passed,
             env={**os.environ, **(environment or {})},
         ) as process,
     ):

@@ -3,17 +3,18 @@
 Theory of operation. `open_platform` owns everything through one exit stack and one task group: the
 data folder's lock first, then the store, the services' loops, and last the engine, which loads
 while requests already queue. Leaving closes in the opposite order, the ledger after whatever still
-writes receipts. `serve` adds the sockets: the public one, the admin one in the data folder, and a
-separate admin listener if one is set.
+writes receipts. `serve` adds the sockets (serving.py): the public one, the admin one in the data
+folder, and a separate admin listener if one is set.
 """
 
 from __future__ import annotations
 
 import asyncio
+import os
 import socket
 from collections.abc import AsyncGenerator, Callable
-from contextlib import AsyncExitStack, asynccontextmanager, suppress
-from dataclasses import dataclass, replace
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import structlog
@@ -32,7 +33,7 @@ from anser.adapters.sqlite import SqliteStore
 from anser.api.app import admin_app, public_app
 from anser.api.context import Services
 from anser.config import Config, Loaded, split_address
-from anser.core.errors import AnserError, ConfigError, SourceError
+from anser.core.errors import AnserError, ConfigError, DataDirInUse, SourceError
 from anser.core.fleet import Node
 from anser.core.health import NodeState
 from anser.core.hub import Model
@@ -45,18 +46,26 @@ from anser.services.gateway import Gateway
 from anser.services.hub import Hub
 from anser.services.ledger import Ledger
 from anser.services.members import OWNER, Members, Spent
-from anser.wire.cors import Cors
-from anser.wire.doors import Door, StopSignals, is_loopback, listen, listen_unix, url_of
-from anser.wire.proxies import Proxies
-from anser.wire.server import GuardSettings
+from anser.serving import BUILTIN, Doors, first_looks, is_open
+from anser.wire.doors import listen, listen_unix, url_of
+from anser.wire.handover import SOURCE, inherited
+from anser.wire.signals import Signals
+from anser.wire.tls import Identity
 
-__all__ = ["BUILTIN", "Listening", "Platform", "examine", "open_platform", "serve"]
+__all__ = [
+    "BUILTIN",
+    "Listening",
+    "Platform",
+    "examine",
+    "identity_of",
+    "open_platform",
+    "serve",
+]
 
-BUILTIN = "builtin"
 _DAY_MS, _HOUR_MS = 86_400_000, 3_600_000
 _START_KEY_LIFETIME_S = 30 * 86_400.0
-_FIRST_LOOK_S = 0.02
-_FIRST_LOOKS = 50  # at nodes that have not said what they serve, before a model is named
+_SUCCESSION_S = 10.0  # beyond its time to drain, for a predecessor to end
+_SUCCESSION_POLL_S = 0.05
 _FETCH_AGAIN_S = 5.0
 _FETCH_AGAIN_MAX_S = 300.0
 _log = structlog.get_logger("anser")
@@ -107,7 +116,7 @@ async def open_platform(
         folder = stack.enter_context(DataDir.open(config.data_dir))
         store = await stack.enter_async_context(SqliteStore.open(folder.store))
         clock = SystemClock()
-        members = Members(store, clock, folder.pepper(), config.members, _anonymous(config))
+        members = Members(store, clock, folder.pepper(), config.members, is_open(config))
         await members.load()
         signer = KeyFileSigner.open(folder.signing_key)
         own_key = signer.public_key.hex()
@@ -156,12 +165,6 @@ def _contribution(config: Config, gateway: Gateway) -> Contribution:
         clock=gateway.clock,
         public_share=config.members.public_share,
     )
-
-
-def _anonymous(config: Config) -> bool:
-    """Whether use without a key is allowed: a setting, by default on loopback only."""
-    wish = config.members.anonymous
-    return wish == "on" or (wish == "auto" and is_loopback(config.server.host))
 
 
 def _engine_for(node: Node) -> Engine:
@@ -254,57 +257,94 @@ async def serve(
     progress: Progress | None = None,
     mint_key: bool = True,
     stopping: Callable[[], None] | None = None,
+    reread: Callable[[], Loaded] | None = None,
 ) -> None:
     """Serve until SIGINT or SIGTERM, then finish what runs; a second signal makes it quick.
 
-    `announce` is called once, when all sockets are open, and `stopping` at the first signal.
-    Raises ConfigError, StoreError.
+    `announce` is called once, when all sockets are open, `stopping` at the first signal, and
+    `reread`, in a thread, at each SIGHUP. Raises ConfigError, StoreError.
     """
     harden()
-    config = loaded.config
     async with AsyncExitStack() as stack:
-        stop = stack.enter_context(StopSignals.watched())
-        public = stack.enter_context(listen(config.server.host, config.server.port))
-        platform = await stack.enter_async_context(open_platform(loaded, progress=progress))
-        guard = _guard(config)
-        doors = [
-            Door(platform.public_app, public, replace(guard, cors=Cors(config.server.cors_origins)))
-        ]
+        signals = stack.enter_context(Signals.watched())
+        shown, trouble = identity_of(loaded)
+        if trouble is not None:
+            _log.warning("clients will refuse the certificate", reason=trouble)
+        handed = inherited(os.environ)
+        address = None if handed is None else handed.getsockname()[:2]
+        loaded = loaded.at(address, SOURCE)
+        config = loaded.config
+        public = stack.enter_context(handed or listen(config.server.host, config.server.port))
+        patience_s = 0.0 if handed is None else config.server.drain_s + _SUCCESSION_S
+        platform = await _opened(stack, loaded, progress, signals, patience_s=patience_s)
         inner = stack.enter_context(listen_unix(platform.data_dir.socket))
-        doors.append(Door(platform.admin_app, inner, guard))
         outer = None
         if config.server.admin_listen:
             outer = stack.enter_context(listen(*split_address(config.server.admin_listen)))
-            doors.append(Door(platform.admin_app, outer, guard))
-        listening = await _listening(platform, public, outer, mint_key=mint_key)
+        doors = Doors.on(
+            (platform.public_app, public),
+            [(platform.admin_app, sock) for sock in (inner, outer) if sock],
+            platform.services,
+            identity=shown,
+            handed=handed is not None,
+            connections_max=_connections_max(open_files_max()),
+        )
+        listening = await _listening(platform, url_of(public, shown), outer, mint_key=mint_key)
+        if handed is not None:  # somebody waits there already, for models of nodes, too
+            await first_looks(platform.services.fleet)
         async with asyncio.TaskGroup() as tasks:
-            for door in doors:
+            for door in doors.all:
                 tasks.create_task(door.serve())
-            for door in doors:
+            for door in doors.all:
                 await door.opened.wait()
             announce(listening)
-            await stop.first.wait()
+            obeying = tasks.create_task(doors.obey(signals, reread or (lambda: loaded)))
+            await signals.first.wait()
+            obeying.cancel()
             if stopping is not None:
                 stopping()
-            await _drain(platform, stop, config.server.drain_s)
-            for door in doors:
-                door.close(quickly=stop.second.is_set())
+            await doors.drain(signals)
+            for door in doors.all:
+                door.close(quickly=signals.second.is_set())
         with suppress(TimeoutError):  # what was cut short still stops its engines
             async with asyncio.timeout(ABORT_WAIT_S):
                 await platform.services.gateway.empty.wait()
 
 
-def _guard(config: Config) -> GuardSettings:
-    """What one socket takes from clients, as the operator set it."""
-    server = config.server
-    return GuardSettings(
-        head_bytes_max=server.head_bytes_max,
-        head_timeout_s=server.head_timeout_s,
-        body_timeout_s=server.body_timeout_s,
-        write_timeout_s=server.write_timeout_s,
-        proxies=Proxies(server.trusted_proxies),
-        connections_max=_connections_max(open_files_max()),
-    )
+async def _opened(
+    stack: AsyncExitStack,
+    loaded: Loaded,
+    progress: Progress | None,
+    signals: Signals,
+    *,
+    patience_s: float,
+) -> Platform:
+    """The platform, once its data folder is free: a predecessor may still be draining there."""
+    loop = asyncio.get_running_loop()
+    give_up_at, told = loop.time() + patience_s, False
+    while True:
+        try:
+            return await stack.enter_async_context(open_platform(loaded, progress=progress))
+        except DataDirInUse as error:
+            if loop.time() >= give_up_at or signals.first.is_set():
+                raise
+            if not told:
+                _log.info("a predecessor is waited for", reason=error.message)
+            told = True
+        await asyncio.sleep(_SUCCESSION_POLL_S)
+
+
+def identity_of(
+    loaded: Loaded, *, soon_s: float = 0.0
+) -> tuple[Identity, str | None] | tuple[None, None]:
+    """What is shown in handshakes, if TLS is on, and why clients will refuse it at once or soon.
+
+    Raises ConfigError.
+    """
+    found = loaded.identity()
+    if found is None:
+        return None, None
+    return found, found.trouble(SystemClock().wall(), soon_s=soon_s)
 
 
 def _connections_max(files_max: int) -> int:
@@ -313,14 +353,14 @@ def _connections_max(files_max: int) -> int:
 
 
 async def _listening(
-    platform: Platform, public: socket.socket, outer: socket.socket | None, *, mint_key: bool
+    platform: Platform, url: str, outer: socket.socket | None, *, mint_key: bool
 ) -> Listening:
     members = platform.services.members
     key = None
     if mint_key:
         key, _ = await members.create_key(OWNER, label="start", lifetime_s=_START_KEY_LIFETIME_S)
     return Listening(
-        url=url_of(public),
+        url=url,
         admin_socket=platform.data_dir.socket,
         admin_url=None if outer is None else url_of(outer),
         key=key,
@@ -334,25 +374,7 @@ async def _first_model(services: Services) -> str | None:
     if services.config.engine.enabled:
         return services.hub.resolve(services.config.engine.model).id
     fleet = services.fleet
-    for _ in range(_FIRST_LOOKS):  # the stored nodes have just been asked
-        if not any(status.state is NodeState.STARTING for status in fleet.statuses()):
-            break
-        await asyncio.sleep(_FIRST_LOOK_S)
+    await first_looks(fleet)
     up = [status.offers for status in fleet.statuses() if status.state is NodeState.UP]
     names = {offer.model for offers in up for offer in offers} or fleet.models().keys()
     return min(names, default=None)
-
-
-async def _drain(platform: Platform, stop: StopSignals, seconds: float) -> None:
-    """Admit nothing new, and let what runs finish: until idle, `seconds`, or a second signal."""
-    gateway = platform.services.gateway
-    gateway.drain()
-    with suppress(TimeoutError):
-        async with asyncio.timeout(seconds), asyncio.TaskGroup() as tasks:
-            waits = {
-                tasks.create_task(gateway.empty.wait()),
-                tasks.create_task(stop.second.wait()),
-            }
-            await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
-            for wait in waits:
-                wait.cancel()

@@ -304,5 +304,6 @@ def test_the_reference_states_defaults_and_meanings() -> None:
             said.append(f"`{setting.default}`")
         if setting.low is not None:
             said.append(f"{setting.low:,.12g} to {setting.high:,.12g}")
+        said.append(f"| {'yes' if setting.live else 'no'} | {setting.doc} |")
         wrong += [f"{setting.path}: {part}" for part in said if part not in row]
     assert wrong == []

@@ -23,13 +23,14 @@ from anser.cli.output import print_json, print_line, safe
 from anser.core.errors import AnserError, ConfigError
 
 if TYPE_CHECKING:
-    from anser.config import Config
+    from anser.config import Config, Loaded
 
 __all__ = ["Check", "Verdict", "doctor", "examine", "memory_free", "packages", "python", "room"]
 
 _ENOUGH = {"disk": 2 * 10**9, "memory": 10**9}  # bytes
 _LEAST = {"disk": 2 * 10**8, "memory": 3 * 10**8}
 _SOCKET_BYTES_MAX = 103
+_RENEW_S = 14 * 86_400.0  # before a certificate's end
 _SECRETS = ("pepper", "signing.key", "anser.db")
 _CGROUPS = (
     ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
@@ -94,6 +95,7 @@ def examine(at: AtHome) -> Iterator[Check]:
         return
     found = str(loaded.file) if loaded.file else tr("doctor.defaults")
     yield Check(name="settings", verdict=Verdict.OK, found=found)
+    yield from _certificate(loaded)
     yield from _here(at, loaded.config)
 
 
@@ -161,6 +163,22 @@ def _here(at: AtHome, config: Config) -> Iterator[Check]:
         yield Check(name="port", verdict=Verdict.OK, found=tr("doctor.running"))
     else:
         yield _port(config)
+
+
+def _certificate(loaded: Loaded) -> Iterator[Check]:
+    """Whether the certificate of the public listener, if it has one, can be shown to clients."""
+    from anser.platform import identity_of
+
+    try:
+        found, trouble = identity_of(loaded, soon_s=_RENEW_S)
+    except ConfigError as error:
+        yield Check(name="certificate", verdict=Verdict.FAIL, found=error.message)
+        return
+    if found is not None:
+        names = ", ".join(found.names) or "-"
+        until = tr("doctor.until", names=names, day=f"{found.ends:%Y-%m-%d}")
+        verdict = Verdict.OK if trouble is None else Verdict.WARN
+        yield Check(name="certificate", verdict=verdict, found=until, way=trouble or "")
 
 
 def _folder(folder: Path) -> Check:

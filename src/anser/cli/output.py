@@ -28,13 +28,13 @@ _BIDI = frozenset("\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\
 
 
 class _Stderr(io.TextIOBase):
-    """Standard error that may be closed by whoever read it: then nothing is said any more."""
+    """Standard error whose reader or terminal may go away: then nothing is said any more."""
 
     def write(self, text: str, /) -> int:
         try:
             sys.stderr.write(text)
             sys.stderr.flush()
-        except BrokenPipeError:
+        except OSError:
             sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
         return len(text)
 

@@ -7,6 +7,7 @@ import json
 import os
 import shlex
 import sys
+from collections.abc import Callable
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Annotated, Any, Protocol
 
@@ -41,7 +42,8 @@ def serve(
     """Start a platform here. It prints its address, a key, and how to ask it.
 
     The first start fetches a small default model, about 100 MB. Ctrl-C or SIGTERM
-    lets running answers finish; a second one cuts them short.
+    lets running answers finish; a second one cuts them short. SIGHUP reads the
+    settings and the certificate anew.
 
     Examples: `anser serve`, `anser serve --port 0 --data-dir /tmp/try`,
     `anser serve --model hf:org/repo/file.gguf`, `anser serve --no-engine`
@@ -75,7 +77,12 @@ def serve(
     with ExitStack() as stack:
         teller: Teller = Events() if at.json else People(loaded)
         progress = teller.progress(stack)
-        run(_serve(loaded, teller, progress, mint_key=mint_key), serving_loop)
+
+        def read() -> Loaded:
+            return at.load(overrides)
+
+        work = _serve(loaded, teller, progress, mint_key=mint_key, reread=read)
+        run(work, serving_loop)
     teller.stopped()
 
 
@@ -220,7 +227,14 @@ def python_lines(listening: Listening, model: str) -> list[str]:
     ]
 
 
-async def _serve(loaded: Loaded, teller: Teller, progress: Progress, *, mint_key: bool) -> None:
+async def _serve(
+    loaded: Loaded,
+    teller: Teller,
+    progress: Progress,
+    *,
+    mint_key: bool,
+    reread: Callable[[], Loaded],
+) -> None:
     from anser.cli.logs import log_to_stderr
     from anser.platform import serve as serve_platform
 
@@ -240,6 +254,7 @@ async def _serve(loaded: Loaded, teller: Teller, progress: Progress, *, mint_key
             progress=progress,
             mint_key=mint_key,
             stopping=teller.stopping,
+            reread=reread,
         )
         for watch in watches:
             watch.cancel()
@@ -280,7 +295,7 @@ def _say(*lines: str) -> None:
     """Print at once; a platform goes on serving when nobody reads what it says any more."""
     try:
         print(*lines, sep="\n", flush=True)
-    except BrokenPipeError:
+    except OSError:  # a pipe without reader, a terminal that is gone
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
 
 

@@ -1,5 +1,7 @@
 """The one frozen Config: defaults < file < environment < command line.
 
+While a platform runs it may be read anew; only `Reread` then writes into it (config/reread.py).
+
 Each setting has a key path (`server.port`), an environment name (`ANSER_SERVER_PORT`) and a
 one-line description; `settings()` lists them and the reference is checked against it.
 """
@@ -7,6 +9,7 @@ one-line description; `settings()` lists them and the reference is checked again
 from __future__ import annotations
 
 from anser.config.loading import Loaded, load, split_address
+from anser.config.reread import Reread
 from anser.config.shown import shown, without_password
 from anser.config.values import (
     Config,
@@ -25,6 +28,7 @@ __all__ = [
     "GatewaySettings",
     "Loaded",
     "MemberSettings",
+    "Reread",
     "ServerSettings",
     "Setting",
     "Value",

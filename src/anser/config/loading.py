@@ -12,19 +12,20 @@ import os
 import re
 import tomllib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from ipaddress import ip_address, ip_network
 from pathlib import Path
 from typing import Any, cast
 from urllib.parse import urlsplit
 
-from anser.config.values import SECTIONS, Config, Setting, Value, settings
+from anser.config.values import SECTIONS, Config, ServerSettings, Setting, Value, settings
 from anser.core import limits
 from anser.core.errors import ConfigError, RequestError
 from anser.core.hub import read_spec
 from anser.wire.cors import is_origin
+from anser.wire.tls import Identity, identity
 
-__all__ = ["Loaded", "load", "split_address"]
+__all__ = ["Loaded", "check_forms", "load", "split_address"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,6 +42,27 @@ class Loaded:
         sources = dict.fromkeys((setting.path for setting in settings()), "command line")
         return cls(config=config, sources=sources, file=None)
 
+    def at(self, address: tuple[str, int] | None, source: str) -> Loaded:
+        """The same, listening at this address, if any, which `source` decided. ConfigError."""
+        if address is None:
+            return self
+        server = replace(self.config.server, host=address[0], port=address[1])
+        config = replace(self.config, server=server)
+        sources = {**self.sources, "server.host": source, "server.port": source}
+        check_forms(config, sources)
+        return replace(self, config=config, sources=sources)
+
+    def identity(self) -> Identity | None:
+        """The certificate and its key, read and checked; None without TLS. Raises ConfigError."""
+        server = self.config.server
+        if not server.tls_certificate:
+            return None
+        try:
+            return identity(Path(server.tls_certificate), Path(server.tls_key))
+        except ConfigError as error:
+            source = self.sources[str(error.param)]
+            raise ConfigError(f"{source}: {error.message}", param=error.param) from error
+
     def check_model(self) -> None:
         """The model's file is there, if it is one of this machine. Raises ConfigError."""
         path = read_spec(self.config.engine.model).file.path
@@ -55,6 +77,7 @@ _FALSE = frozenset(("false", "off", "no", "0"))
 _WHOLE = re.compile(r"[+-]?[0-9]{1,18}\Z")
 _HOST = re.compile(r"(?!-)[A-Za-z0-9_-]{1,63}(?<!-)(\.(?!-)[A-Za-z0-9_-]{1,63}(?<!-))*\.?\Z")
 _FILE_BYTES_MAX = 1024 * 1024
+_PATHS = frozenset(("data_dir", "server.tls_certificate", "server.tls_key"))  # beside their file
 
 
 def load(
@@ -77,7 +100,7 @@ def load(
         written = _from_file(known, found)
     given = written | typed
     config = _assemble(known, given, _data_dir(given, environ))
-    _check_forms(config, {path: source for path, (_, source) in given.items()})
+    check_forms(config, {path: source for path, (_, source) in given.items()})
     sources = {path: given[path][1] if path in given else "default" for path in known}
     return Loaded(config=config, sources=sources, file=found)
 
@@ -132,10 +155,19 @@ def _from_file(known: Mapping[str, Setting], file: Path) -> dict[str, tuple[Valu
     for path, value in _flat(_read(file), known, file):
         setting = known[path]
         kept = _convert(setting, value, f"{file}: {path}")
-        if path == "data_dir":
-            kept = os.path.join(file.resolve().parent, Path(str(kept)).expanduser())
+        if path in _PATHS and kept:
+            kept = _beside(file, str(kept), path)
         given[path] = (kept, str(file))
     return given
+
+
+def _beside(file: Path, text: str, path: str) -> str:
+    """A path that was written in this file, taken from the file's own folder."""
+    try:
+        return os.path.join(file.resolve().parent, Path(text).expanduser())
+    except RuntimeError as error:
+        message = f"{file}: {path}: no home folder is known for {_shown(text)}."
+        raise ConfigError(message, param=path) from error
 
 
 def _read(file: Path) -> dict[str, Any]:
@@ -292,9 +324,11 @@ def _assemble(
     return Config(data_dir=data_dir, **parts)
 
 
-def _check_forms(config: Config, sources: Mapping[str, str]) -> None:
-    """What types and ranges do not say: addresses, and settings that exclude each other."""
+def check_forms(config: Config, sources: Mapping[str, str]) -> None:
+    """Check what types and ranges do not say: addresses, and what excludes each other.
 
+    `sources` says by key path where a value came from. Raises ConfigError.
+    """
     for path, why in _wrong_forms(config):
         raise ConfigError(f"{sources.get(path, 'default')}: {path} {why}", param=path)
 
@@ -306,8 +340,9 @@ def _wrong_forms(config: Config) -> Iterator[tuple[str, str]]:
         yield "server.host", why
     if server.admin_listen:
         yield from _wrong_admin(server.admin_listen, public=(server.host, server.port))
-    yield from _wrong_proxies(server.trusted_proxies)
+    yield from _wrong_proxies(server)
     yield from _wrong_origins(server.cors_origins)
+    yield from _wrong_tls(server)
     if not config.engine.model.strip():
         yield "engine.model", "is empty. Name a model, or set engine.enabled = false."
     elif (wrong := _wrong_model(config.engine.model)) is not None:
@@ -328,8 +363,11 @@ def _wrong_admin(text: str, *, public: tuple[str, int]) -> Iterator[tuple[str, s
         yield "server.admin_listen", "is the public address. Choose another port."
 
 
-def _wrong_proxies(proxies: tuple[str, ...]) -> Iterator[tuple[str, str]]:
-    for proxy in proxies:
+def _wrong_proxies(server: ServerSettings) -> Iterator[tuple[str, str]]:
+    if server.proxy_protocol and not server.trusted_proxies:
+        why = "needs the addresses of the proxies. Name them in server.trusted_proxies."
+        yield "server.proxy_protocol", why
+    for proxy in server.trusted_proxies:
         if not _is_network(proxy):
             why = f"must be addresses or blocks like 10.0.0.0/8, not {_shown(proxy)}."
             yield "server.trusted_proxies", why
@@ -340,6 +378,13 @@ def _wrong_origins(origins: tuple[str, ...]) -> Iterator[tuple[str, str]]:
         if not is_origin(origin):
             why = f"must be origins like https://chat.example, or *, not {_shown(origin)}."
             yield "server.cors_origins", why
+
+
+def _wrong_tls(server: ServerSettings) -> Iterator[tuple[str, str]]:
+    if server.tls_certificate and not server.tls_key:
+        yield "server.tls_certificate", "needs its key. Name that in server.tls_key."
+    if server.tls_key and not server.tls_certificate:
+        yield "server.tls_key", "needs its certificate. Name that in server.tls_certificate."
 
 
 def _wrong_model(text: str) -> str | None:

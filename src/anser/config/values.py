@@ -35,13 +35,14 @@ def _setting(
     low: float | None = None,
     high: float | None = None,
     choices: tuple[str, ...] = (),
+    live: bool = False,
 ) -> Any:
-    metadata = {"doc": doc, "low": low, "high": high, "choices": choices}
+    metadata = {"doc": doc, "low": low, "high": high, "choices": choices, "live": live}
     return field(default=default, metadata=metadata)
 
 
 def _seconds(default: float, doc: str) -> Any:
-    return _setting(default, doc, low=0.1, high=_DAY_S)
+    return _setting(default, doc, low=0.1, high=_DAY_S, live=True)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,24 +53,39 @@ class ServerSettings:
     port: int = _setting(8000, "Port to listen on; 0 takes a free one.", low=0, high=65_535)
     admin_listen: str = _setting("", "host:port of a separate listener for admin and metrics.")
     trusted_proxies: tuple[str, ...] = _setting(
-        (), "Addresses or CIDR blocks of proxies whose word on who asks is taken."
+        (), "Addresses or CIDR blocks of proxies whose word on who asks is taken.", live=True
+    )
+    proxy_protocol: bool = _setting(
+        default=False, doc="Whether trusted proxies say who asks in a PROXY header."
     )
     cors_origins: tuple[str, ...] = _setting(
-        (), "Origins whose pages may ask with a key, like https://chat.example; * is all."
+        (),
+        "Origins whose pages may ask with a key, like https://chat.example; * is all.",
+        live=True,
     )
+    tls_certificate: str = _setting(
+        "",
+        "PEM file of the certificate and its chain; with it the public address is https.",
+        live=True,
+    )
+    tls_key: str = _setting("", "PEM file of the certificate's private key.", live=True)
     head_bytes_max: int = _setting(
-        limits.HEAD_BYTES_MAX, "Longest request head, in bytes.", low=1_024, high=2**20
+        limits.HEAD_BYTES_MAX, "Longest request head, in bytes.", low=1_024, high=2**20, live=True
     )
     head_timeout_s: float = _seconds(limits.HEAD_TIMEOUT_S, "Longest wait for a head, seconds.")
     body_bytes_max: int = _setting(
-        limits.BODY_BYTES_MAX, "Longest request body, in bytes.", low=1_024, high=2**30
+        limits.BODY_BYTES_MAX, "Longest request body, in bytes.", low=1_024, high=2**30, live=True
     )
     body_timeout_s: float = _seconds(limits.BODY_TIMEOUT_S, "Longest wait for a body, seconds.")
     write_timeout_s: float = _seconds(
         limits.WRITE_TIMEOUT_S, "How long a client may leave its answer unread, seconds."
     )
     drain_s: float = _setting(
-        30.0, "How long running answers may go on after SIGTERM, seconds.", low=0, high=_DAY_S
+        30.0,
+        "How long running answers may go on after SIGTERM, seconds.",
+        low=0,
+        high=_DAY_S,
+        live=True,
     )
 
 
@@ -102,6 +118,7 @@ class MemberSettings:
         "auto",
         "Use without a key: on, off, or auto (on for loopback).",
         choices=("on", "off", "auto"),
+        live=True,
     )
     anonymous_weight: int = _setting(
         1_000, "Weight of all anonymous use, in thousandths.", low=1, high=1_000_000_000
@@ -111,6 +128,7 @@ class MemberSettings:
         "Part of the pool that is shared by weights alone, whatever anybody contributes.",
         low=0.01,
         high=1,
+        live=True,
     )
     in_flight_max: int = _setting(
         512,
@@ -134,7 +152,10 @@ class GatewaySettings:
     """How a request is handled."""
 
     unknown_fields: str = _setting(
-        "refuse", "Fields that no engine may see: refuse or drop.", choices=("refuse", "drop")
+        "refuse",
+        "Fields that no engine may see: refuse or drop.",
+        choices=("refuse", "drop"),
+        live=True,
     )
     queue_timeout_s: float = _seconds(limits.QUEUE_TIMEOUT_S, "Longest wait for a slot, seconds.")
     first_token_timeout_s: float = _seconds(
@@ -144,22 +165,30 @@ class GatewaySettings:
         limits.TOKEN_GAP_TIMEOUT_S, "Longest silence between tokens, seconds."
     )
     queued_max: int = _setting(
-        limits.QUEUED_MAX, "Waiting requests on the whole platform.", low=1, high=1_000_000
+        limits.QUEUED_MAX,
+        "Waiting requests on the whole platform.",
+        low=1,
+        high=1_000_000,
+        live=True,
     )
     completion_tokens_default: int = _setting(
         limits.COMPLETION_TOKENS_DEFAULT,
         "Longest answer when the caller names none, in tokens.",
         low=1,
         high=2**24,
+        live=True,
     )
     continue_answers: bool = _setting(
-        default=True, doc="Whether another node goes on with an answer whose node has died."
+        default=True,
+        doc="Whether another node goes on with an answer whose node has died.",
+        live=True,
     )
     probe_interval_s: float = _seconds(10.0, "How often each node's health is asked, seconds.")
     cache_sharing: str = _setting(
         "platform",
         "Who shares the engines' prompt caches: the platform, or each organisation for itself.",
         choices=("platform", "organisation"),
+        live=True,
     )
 
 
@@ -168,10 +197,10 @@ class Config:
     """Everything that can be set."""
 
     data_dir: Path
-    server: ServerSettings = ServerSettings()
-    engine: EngineSettings = EngineSettings()
-    members: MemberSettings = MemberSettings()
-    gateway: GatewaySettings = GatewaySettings()
+    server: ServerSettings = field(default_factory=ServerSettings)
+    engine: EngineSettings = field(default_factory=EngineSettings)
+    members: MemberSettings = field(default_factory=MemberSettings)
+    gateway: GatewaySettings = field(default_factory=GatewaySettings)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -185,6 +214,7 @@ class Setting:
     low: float | None = None
     high: float | None = None
     choices: tuple[str, ...] = ()
+    live: bool = False  # SIGHUP takes it up; else it waits for a restart
 
     @property
     def wanted(self) -> str:
@@ -229,4 +259,5 @@ def settings() -> Iterator[Setting]:
                 low=item.metadata["low"],
                 high=item.metadata["high"],
                 choices=item.metadata["choices"],
+                live=item.metadata["live"],
             )

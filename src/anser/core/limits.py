@@ -5,6 +5,7 @@ from __future__ import annotations
 __all__ = [
     "ABORT_WAIT_S",
     "ANSWERS_MAX",
+    "ARRIVALS_AT_ONCE",
     "BATCH_RECEIPTS_MAX",
     "BODIES_BYTES_MAX",
     "BODY_BYTES_MAX",
@@ -100,6 +101,7 @@ BODY_BYTES_MAX = 16 * 1024 * 1024
 BODIES_BYTES_MAX = 256 * 1024 * 1024  # of all requests that are read, wait or run
 BODY_TIMEOUT_S = 60.0
 CONNECTIONS_MAX = 16_384  # open at once, on one listening socket
+ARRIVALS_AT_ONCE = 64  # accepted before others have their turn, where a handshake comes first
 IDLE_TIMEOUT_S = 75.0  # a kept-alive connection without a request
 WRITE_TIMEOUT_S = 60.0  # a client that does not read
 JSON_DEPTH_MAX = 64

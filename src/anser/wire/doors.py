@@ -1,9 +1,10 @@
-"""The sockets of a platform, and the signals that end it.
+"""The sockets of a platform: opened, served, and closed.
 
-Theory of operation. All sockets are bound before anything is announced. The first SIGINT or SIGTERM
-fails readiness and admits nothing new; what runs may finish within `server.drain_s`; a second one
-cuts it short. Answers that are cut short are cancelled like a client's own leaving, so every
-request still leaves its receipt before the process ends.
+Theory of operation. All sockets are bound before anything is announced. At the end a door takes no
+more connections, closes those that idle, and lets what runs finish, or cuts it short. Answers that
+are cut short are cancelled like a client's own leaving, so every request still leaves its receipt
+before the process ends. What a door takes from clients may be changed while it is open: it holds
+for every connection from its next wait or request on.
 """
 
 from __future__ import annotations
@@ -11,24 +12,26 @@ from __future__ import annotations
 import asyncio
 import errno
 import os
-import signal
 import socket
-from collections.abc import Generator
+import ssl
+from collections.abc import Generator, Iterable
 from contextlib import contextmanager, suppress
 from ipaddress import ip_address
 from pathlib import Path
+from typing import cast
 
 import uvicorn
 from starlette.types import ASGIApp
 
 from anser.core.errors import ConfigError
 from anser.core.limits import ABORT_WAIT_S, IDLE_TIMEOUT_S
+from anser.wire.entrance import Entrance
 from anser.wire.server import GuardedProtocol, GuardSettings, guarded
+from anser.wire.tls import Identity
 from anser.wire.turn import lane_of
 
 __all__ = [
     "Door",
-    "StopSignals",
     "is_loopback",
     "listen",
     "listen_unix",
@@ -39,49 +42,37 @@ __all__ = [
 _BACKLOG = 2_048
 _FLUSH_S = 3.0  # for the last bytes of what has finished
 _GOODBYE_S = 1.0  # for the last words to those that are cut short
+_PATIENCE_S = 1.0  # with idle connections, when their platform retires: a request may be under way
 _TICK_S = 0.02
 _PRIVATE = 0o600
 
 
-class StopSignals:
-    """The operator's wish to stop: `first` asks for an orderly end, `second` for a quick one."""
-
-    def __init__(self) -> None:
-        self.first = asyncio.Event()
-        self.second = asyncio.Event()
-
-    def __repr__(self) -> str:
-        return f"<StopSignals first={self.first.is_set()} second={self.second.is_set()}>"
-
-    @classmethod
-    @contextmanager
-    def watched(cls) -> Generator[StopSignals]:
-        """Listen for SIGINT and SIGTERM while the context is open."""
-        loop, stop = asyncio.get_running_loop(), cls()
-        for number in (signal.SIGINT, signal.SIGTERM):
-            loop.add_signal_handler(number, stop.ask)
-        try:
-            yield stop
-        finally:
-            for number in (signal.SIGINT, signal.SIGTERM):
-                loop.remove_signal_handler(number)
-
-    def ask(self) -> None:
-        """One more wish to stop."""
-        (self.second if self.first.is_set() else self.first).set()
-
-
 class Door:
-    """One application on one listening socket."""
+    """One application on one listening socket.
 
-    def __init__(self, app: ASGIApp, sock: socket.socket, guard: GuardSettings) -> None:
+    With `tls` it is behind handshakes; with `proxy_protocol`, trusted proxies say who asks.
+    """
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        sock: socket.socket,
+        guard: GuardSettings,
+        *,
+        tls: ssl.SSLContext | None = None,
+        proxy_protocol: bool = False,
+    ) -> None:
         self.opened = asyncio.Event()
         self._sock = sock
+        self._protocol = guarded(guard, lane_of(app))
+        self._entrance: Entrance | None = None
+        if tls is not None or proxy_protocol:
+            self._entrance = Entrance(sock, tls=tls, proxy_protocol=proxy_protocol)
         self._server = _Server(
             uvicorn.Config(
                 app,
                 interface="asgi3",  # a bound method would be taken for ASGI 2
-                http=guarded(guard, lane_of(app)),
+                http=self._protocol,
                 ws="none",
                 lifespan="off",
                 log_config=None,
@@ -92,14 +83,35 @@ class Door:
                 timeout_keep_alive=round(IDLE_TIMEOUT_S),
             ),
             self.opened,
+            self._entrance,
         )
 
     def __repr__(self) -> str:
-        return f"<Door {self._sock.getsockname()} opened={self.opened.is_set()}>"
+        return f"<Door {self._sock.fileno()} opened={self.opened.is_set()}>"
 
     async def serve(self) -> None:
         """Take connections until `close`; returns when the last request has ended."""
-        await self._server.serve(sockets=[self._sock])
+        if self._entrance is None:
+            await self._server.serve(sockets=[self._sock])
+            return
+        async with asyncio.TaskGroup() as tasks:
+            arriving = tasks.create_task(self._entrance.run(self._server.make_protocol))
+            await self._server.serve(sockets=[self._sock])
+            arriving.cancel()
+
+    def change(self, guard: GuardSettings, *, tls: ssl.SSLContext | None = None) -> None:
+        """Take other bounds from now on, and show another certificate where there is one."""
+        self._protocol.settings = guard
+        if tls is not None:
+            assert self._entrance is not None, self
+            self._entrance.tls = tls
+
+    async def retire(self) -> None:
+        """Leave who comes to the successor on this socket; returns when who is here has left.
+
+        Each connection is closed behind its next answer; one that idles, after a moment.
+        """
+        await self._server.retire(self._sock)
 
     def close(self, *, quickly: bool) -> None:
         """Take no more connections, and end once running requests have; or at once."""
@@ -110,21 +122,27 @@ class Door:
 class _Server(uvicorn.Server):
     """uvicorn without its signal handlers; it says when its socket is open, and ends everything."""
 
-    def __init__(self, config: uvicorn.Config, opened: asyncio.Event) -> None:
+    def __init__(
+        self, config: uvicorn.Config, opened: asyncio.Event, entrance: Entrance | None
+    ) -> None:
         super().__init__(config)
+        self.servers = []
         self._opened = opened
+        self._entrance = entrance
+
+    def make_protocol(self) -> GuardedProtocol:
+        """A protocol for one connection that an entrance has accepted."""
+        make = cast("type[GuardedProtocol]", self.config.http_protocol_class)
+        return make(config=self.config, server_state=self.server_state, app_state={})
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Open the sockets."""
-        await super().startup(sockets)
+        """Open the sockets; an entrance has opened its own."""
+        await super().startup(sockets if self._entrance is None else [])
         self._opened.set()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Take no more connections; end those that are idle, then those that do not end."""
-        for server in self.servers:
-            server.close()
-        for sock in sockets or ():
-            sock.close()
+        self._stop_accepting(sockets or ())
         state = self.server_state
         for connection in tuple(state.connections):
             connection.shutdown()
@@ -151,6 +169,35 @@ class _Server(uvicorn.Server):
             for connection in connections
             if isinstance(connection, GuardedProtocol) and connection.cut_short()
         }
+
+    async def retire(self, sock: socket.socket) -> None:
+        """Take no more connections on `sock`, and let those that are there come to their end."""
+        loop = asyncio.get_running_loop()
+        patient_until = loop.time() + _PATIENCE_S
+        self._stop_accepting([sock])
+        while True:
+            for connection in self._present():
+                connection.retire(patient=loop.time() < patient_until)
+            await asyncio.sleep(_TICK_S)  # what was accepted a moment ago becomes a connection
+            if not (self._present() or self._arriving):
+                return
+
+    def _present(self) -> list[GuardedProtocol]:
+        """The connections that nobody has closed yet."""
+        connections = cast("set[GuardedProtocol]", self.server_state.connections)
+        return [each for each in connections if not each.transport.is_closing()]
+
+    @property
+    def _arriving(self) -> bool:
+        return self._entrance is not None and self._entrance.arriving > 0
+
+    def _stop_accepting(self, sockets: Iterable[socket.socket]) -> None:
+        if self._entrance is not None:
+            self._entrance.close()
+        for server in self.servers:
+            server.close()
+        for sock in sockets:
+            sock.close()
 
     @contextmanager
     def capture_signals(self) -> Generator[None]:
@@ -225,9 +272,15 @@ def is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
-def url_of(sock: socket.socket) -> str:
-    """The address that a client on this machine can paste; a wildcard is shown as loopback."""
+def url_of(sock: socket.socket, identity: Identity | None = None) -> str:
+    """The address that a client can paste; a wildcard is shown as loopback.
+
+    With TLS it has a name that the certificate is for.
+    """
     host, port = sock.getsockname()[:2]
     if ip_address(host).is_unspecified:
         host = "::1" if ":" in host else "127.0.0.1"
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    scheme = "http"
+    if identity is not None:
+        scheme, host = "https", identity.host(host)
+    return f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"

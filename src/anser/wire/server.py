@@ -47,6 +47,7 @@ from anser.core.errors import (
 from anser.wire.cors import Cors
 from anser.wire.framing import Body, LengthBody, body_of, check_head_bytes, check_headers
 from anser.wire.proxies import Proxies
+from anser.wire.proxy_header import Address
 from anser.wire.timer import Timer
 from anser.wire.turn import FastLane, Turn, lines_of
 
@@ -92,6 +93,7 @@ class GuardedProtocol(HttpToolsProtocol):
         self._body: Body | None = None  # of the present request, until its last byte
         self._head_seen = False  # told by the parser
         self._message_seen = False
+        self._retiring = False  # the next answer is its last
         self._busy = False  # an answer is still to be sent
         self._refused = False
         self._turn: Turn | None = None  # the present request, while the lane answers it
@@ -99,7 +101,8 @@ class GuardedProtocol(HttpToolsProtocol):
         self._common = self.server_state.default_headers  # of the present answer, or a refusal
         self._shared = ([*self._common], b"")  # the same as it is sent; of a list that is no more
         self._peers: dict[str, object] = {}  # both ends, as an ASGI scope has them
-        self._proxied = False  # the other end is a trusted proxy
+        self.announced: Address | None = None  # who asks, as a proxy said before HTTP began
+        self._proxy: str | None = None  # the other end, if it is a trusted proxy
         self._head_timer = Timer(self.loop)
         self._body_timer = Timer(self.loop)
         self._write_timer = Timer(self.loop)
@@ -113,9 +116,10 @@ class GuardedProtocol(HttpToolsProtocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Called by the event loop."""
         super().connection_made(transport)
+        if self.client is not None and self.settings.proxies.trusts(self.client[0]):
+            self._proxy = self.client[0]
+            self.client = self.announced or self.client
         self._peers = {"client": self.client, "server": self.server}
-        if self.client is not None:
-            self._proxied = self.settings.proxies.trusts(self.client[0])
         if len(self.connections) > self.settings.connections_max:
             self._refuse(Overloaded("Too many connections are open here."), linger=False)
         else:
@@ -239,7 +243,7 @@ class GuardedProtocol(HttpToolsProtocol):
         self._head_seen = True
         self._on_lane = version == "1.1" and self._is_for_lane(parser.get_method())
         if self._on_lane:
-            self._begin_turn(keep_alive=parser.should_keep_alive())
+            self._begin_turn(keep_alive=parser.should_keep_alive() and not self._retiring)
         else:
             self._begin_cycle(version)
         self._busy = True
@@ -272,6 +276,8 @@ class GuardedProtocol(HttpToolsProtocol):
         super().on_headers_complete()
         if self.settings.cors:
             self._share()
+        if self._retiring:
+            self.cycle.keep_alive = False
         if version == "1.0":
             self.cycle.__class__ = _OldCycle
 
@@ -286,16 +292,15 @@ class GuardedProtocol(HttpToolsProtocol):
 
     def _origin(self) -> dict[str, object]:
         """Who asks; behind a proxy who asked that, and that there is one."""
-        if not self._proxied:
+        if self._proxy is None:
             return self._peers
         assert self.client is not None
-        asked = self.settings.proxies.asked(self.client[0], self.headers)
-        return {
-            "client": (asked.address, 0),
-            "server": self.server,
-            "scheme": asked.scheme or self.scheme,
-            "proxy": self.client[0],
-        }
+        told: dict[str, object] = {**self._peers, "proxy": self._proxy, "scheme": self.scheme}
+        if self.announced is None or self.settings.proxies.trusts(self.client[0]):
+            asked = self.settings.proxies.asked(self.client[0], self.headers)
+            told["client"] = (asked.address, 0)
+            told["scheme"] = asked.scheme or self.scheme
+        return told
 
     def on_body(self, body: bytes) -> None:
         """Called by the parser."""
@@ -331,7 +336,7 @@ class GuardedProtocol(HttpToolsProtocol):
         """Let uvicorn begin with a request that the lane has declined."""
         self._turn, self._on_lane = None, False
         self._begin_cycle("1.1")
-        self.cycle.keep_alive = turn.keep_alive  # the parser is past it
+        self.cycle.keep_alive = turn.keep_alive  # the parser is past it; so may be the platform
         super().on_body(bytes(turn.body))
         super().on_message_complete()
 
@@ -404,6 +409,12 @@ class GuardedProtocol(HttpToolsProtocol):
             self.transport.abort()
         else:
             super().timeout_keep_alive_handler()
+
+    def retire(self, *, patient: bool) -> None:
+        """Make the next answer the last, and close if none is under way; if `patient`, wait."""
+        self._retiring = True
+        if self._busy or not (patient or self._inbox):
+            self.shutdown()
 
     # Time
 
