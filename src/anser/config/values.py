@@ -143,6 +143,9 @@ class GatewaySettings:
     token_gap_timeout_s: float = _seconds(
         limits.TOKEN_GAP_TIMEOUT_S, "Longest silence between tokens, seconds."
     )
+    answer_timeout_s: float = _seconds(
+        limits.ANSWER_TIMEOUT_S, "Longest time for a whole answer, from its first slot, seconds."
+    )
     queued_max: int = _setting(
         limits.QUEUED_MAX, "Waiting requests on the whole platform.", low=1, high=1_000_000
     )

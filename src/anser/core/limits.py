@@ -5,6 +5,7 @@ from __future__ import annotations
 __all__ = [
     "ABORT_WAIT_S",
     "ANSWERS_MAX",
+    "ANSWER_TIMEOUT_S",
     "BATCH_RECEIPTS_MAX",
     "BODIES_BYTES_MAX",
     "BODY_BYTES_MAX",
@@ -130,6 +131,7 @@ QUEUE_TIMEOUT_S = 120.0
 START_WAIT_S = 3_600.0  # for a model that is still being fetched or loaded
 FIRST_TOKEN_TIMEOUT_S = 120.0
 TOKEN_GAP_TIMEOUT_S = 30.0
+ANSWER_TIMEOUT_S = 3_600.0
 RETRIES_MAX = 3
 RETRY_AFTER_MIN_S = 1.0  # told to who is turned away from the queue, however short it is
 RETRY_AFTER_MAX_S = 600.0  # and however long

@@ -14,14 +14,16 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import dataclass
+from math import inf
 
 from anser.config import GatewaySettings
 from anser.core.errors import (
+    AnserError,
     DeadlineUnreachable,
     EngineError,
     EngineRefused,
-    EngineStalled,
     EngineUnreachable,
+    FirstTokenTimeout,
     NoNode,
 )
 from anser.core.events import Lease
@@ -65,7 +67,10 @@ class Attempts:
     def leased(self, run: Run) -> None:
         """It has a slot, and waits no longer."""
         run.reservation.started()
-        self.stats.queue_s.observe(self.dispatch.clock.now() - run.waits_since)
+        now = self.dispatch.clock.now()
+        self.stats.queue_s.observe(now - run.waits_since)
+        if run.over_at == inf:
+            run.over_at = now + self.settings.answer_timeout_s
 
     def starts(self, model: str) -> bool:
         """Whether all nodes of this model are still starting."""
@@ -77,14 +82,20 @@ class Attempts:
 
     def first_token_s(self, run: Run) -> float:
         """How long an engine has for the first token."""
-        left_s = run.left_s(self.dispatch.clock.now())
-        return max(0.0, min(self.settings.first_token_timeout_s, left_s))
+        now = self.dispatch.clock.now()
+        return max(
+            0.0, min(self.settings.first_token_timeout_s, run.left_s(now), run.over_at - now)
+        )
 
-    def too_late(self, run: Run) -> DeadlineUnreachable | None:
-        """What it fails of once its deadline has passed: no node is to blame, none is tried."""
-        if run.left_s(self.dispatch.clock.now()) > 0:
+    def too_late(self, run: Run) -> AnserError | None:
+        """What it fails of once its own time is over: no node is to blame, none is tried."""
+        now = self.dispatch.clock.now()
+        over = run.over(now)
+        if over is None and run.left_s(now) > 0:
             return None
         run.late = True
+        if over is not None:
+            return over
         message = "No first token came by the request's deadline."
         return DeadlineUnreachable(message, retry_after_s=come_back_s(self.wait_s(run.demand)))
 
@@ -102,7 +113,7 @@ class Attempts:
                 late = self.too_late(run)
                 if late is not None:
                     raise late from None
-                error: EngineError = EngineStalled("The engine gave no embeddings in time.")
+                error: EngineError = FirstTokenTimeout("The engine gave no embeddings in time.")
             except EngineRefused:
                 raise
             except EngineError as raised:

@@ -22,58 +22,33 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
 from enum import Enum
-from typing import Protocol
 
-from anser.core.errors import AnserError, EngineBroken, EngineError, EngineRefused, EngineStalled
+from anser.core.errors import (
+    AnserError,
+    EngineBroken,
+    EngineError,
+    EngineRefused,
+    FirstTokenTimeout,
+    TokenGapTimeout,
+)
 from anser.core.events import Lease, Progressed
 from anser.core.ledger import Outcome, Usage
 from anser.core.limits import RECORD_TIMEOUT_S, STREAM_BUFFER_MAX
 from anser.ports import Stream
 from anser.services.alarm import Alarm
-from anser.services.attempts import Attempts
 from anser.services.bugs import bug
 from anser.services.chunks import Ending, Piece
-from anser.services.ledger import Ledger, late
+from anser.services.crew import Crew, Reader
+from anser.services.ledger import late
 from anser.services.pump import open_stream
 from anser.services.run import Patience, Run, come_back_s
 from anser.services.seam import without_role
-from anser.services.settlement import Settlement
 
 __all__ = ["Crew", "Flight", "Reader"]
 
 _COALESCE_S = 0.1  # SCHEDULER rule 4: output is charged per token, told at most this often
 _OVERRUN_SLACK = 1  # the rest of the last token may come in a chunk of its own
-
-
-class Reader(Protocol):
-    """Who an answer is for, told of it as it comes."""
-
-    def began(self) -> None:
-        """The first piece comes next; the flight's `node`, `lease` and `limits` are known."""
-        ...
-
-    def piece(self, piece: Piece) -> None:
-        """The next piece. Raises AnserError where it is none that can be passed on."""
-        ...
-
-    def ended(self) -> None:
-        """That was all, and the receipt is durable."""
-        ...
-
-    def failed(self, error: AnserError) -> None:
-        """There is no answer, or no more of it; the receipt says why."""
-        ...
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Crew:
-    """What all flights of a gateway have in common."""
-
-    attempts: Attempts
-    settlement: Settlement
-    ledger: Ledger
 
 
 class _State(Enum):
@@ -351,7 +326,7 @@ class Flight:
     def _progress(self, tokens: int) -> None:
         """Charge what was generated, told to the scheduler at most every 100 ms."""
         run, attempts, now = self._run, self._attempts, self._clock.now()
-        self._alarm.set(self._gap_s)
+        self._alarm.set(min(self._gap_s, run.over_at - now))
         attempts.stats.produced(tokens, now)
         untold = run.tally.tokens - run.told
         if now - run.told_at >= _COALESCE_S and run.lease is not None:
@@ -489,10 +464,20 @@ class Flight:
         if self._state is _State.QUEUED:
             self._wait_on()
         elif self._state is _State.RELAYING:
-            self.failed(EngineStalled("The engine went silent in mid-answer."))
+            self._stop_late()
         elif self._state is _State.SETTLING:
             self._recorded(late())
         elif (too_late := attempts.too_late(self._run)) is not None:
             self._fail(too_late)
         else:
-            self._not_opened(EngineStalled("The engine gave no first token in time."))
+            self._not_opened(FirstTokenTimeout("The engine gave no first token in time."))
+
+    def _stop_late(self) -> None:
+        """Its engine has gone silent, or the whole answer has taken too long."""
+        over = self._run.over(self._clock.now())
+        if over is None:
+            self.failed(TokenGapTimeout("The engine went silent in mid-answer."))
+        elif self._ending.finished:
+            self._stop(self._settle)
+        else:
+            self._fail(over)

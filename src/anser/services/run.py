@@ -7,7 +7,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from math import inf
 
-from anser.core.errors import AnserError, DeadlineUnreachable, EngineError, QueueTimeout
+from anser.core.errors import (
+    AnserError,
+    AnswerTimeout,
+    DeadlineUnreachable,
+    EngineError,
+    QueueTimeout,
+)
 from anser.core.events import Lease
 from anser.core.fleet import EngineKind, Offer
 from anser.core.ledger import LeaseRecord, Outcome, Receipt, Usage
@@ -22,6 +28,7 @@ __all__ = ["Demand", "Patience", "Run", "call_for", "come_back_s"]
 
 _RETRY_AFTER_S = 5.0  # where nobody knows better
 _LOOK_S = 5.0  # how often a request looks whether its model still starts
+_CLOCKS_S = 1e-3  # two sums of the same times may differ by a little
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,6 +105,7 @@ class Run:
     blame: EngineError | None = None  # what its node did wrong, though the answer ended well
     owner: str = ""  # of the node that was asked last
     factor_milli: int = 1_000  # the model's price factor, in thousandths
+    over_at: float = inf  # monotonic: then its time for a whole answer is over
     first_token_ms: int | None = None
     closed: bool = False
     _latest_ms: int = 0
@@ -139,6 +147,12 @@ class Run:
     def left_s(self, now: float) -> float:
         """Seconds until its deadline, which is for its first token."""
         return inf if self.before else self.demand.left_s(now)
+
+    def over(self, now: float) -> AnswerTimeout | None:
+        """What it fails of once its time for a whole answer is over."""
+        if now < self.over_at - _CLOCKS_S:
+            return None
+        return AnswerTimeout("The whole answer took longer than it may here.")
 
     def settled(self) -> Usage:
         """What its lease has come to; what was said before it is no part of the prompt."""
@@ -185,7 +199,8 @@ class Run:
 
     def waits_s(self, now: float, *, starting: bool) -> float:
         """Seconds until it is to be asked again whether it waits on; 0.0 or less: no longer."""
-        return min(self.patience.left_s(now, starting=starting), self.left_s(now))
+        patience_s = self.patience.left_s(now, starting=starting)
+        return min(patience_s, self.left_s(now), self.over_at - now)
 
     def taken(self) -> Lease:
         """The lease that `ready` has. Raises what it was refused for."""
@@ -194,6 +209,8 @@ class Run:
 
     def out_of_patience(self, now: float, retry_after_s: float) -> AnserError:
         """What it fails of when it has waited too long."""
+        if (over := self.over(now)) is not None:
+            return over
         if self.left_s(now) <= 0:
             message = "No slot became free by the request's deadline."
             return DeadlineUnreachable(message, retry_after_s=retry_after_s)
