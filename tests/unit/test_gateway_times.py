@@ -11,7 +11,13 @@ import pytest
 from anser.adapters.memory import MemoryClock
 from anser.adapters.memory_engine import Fault, FaultKind, MemoryEngine, Pace
 from anser.config import GatewaySettings
-from anser.core.errors import AnswerTimeout
+from anser.core.errors import (
+    AnserError,
+    AnswerTimeout,
+    FirstTokenTimeout,
+    QueueTimeout,
+    TokenGapTimeout,
+)
 from anser.core.health import NodeState
 from anser.core.ledger import Outcome, Receipt
 from anser.ports import Route
@@ -145,5 +151,90 @@ def test_embeddings_have_a_time_for_the_whole_answer() -> None:
             [receipt] = await pool.receipts()
             assert (receipt.outcome, receipt.error) == (Outcome.FAILED, "answer_timeout")
             assert pool.fleet.status("a").state is NodeState.UP
+
+    in_virtual_time(main)
+
+
+# A model's own times
+
+
+@pytest.mark.parametrize(
+    ("times", "lasts_s", "code"),
+    [
+        ("memory first_token=2", 2.0, "first_token_timeout"),
+        ("memory answer=3", 3.0, "answer_timeout"),
+        ("memory queue=4", 30.0, "first_token_timeout"),
+        ("other first_token=2", 30.0, "first_token_timeout"),
+    ],
+)
+def test_a_models_own_times_hold_for_it(times: str, lasts_s: float, code: str) -> None:
+    """Its entry, and nothing else, says how long its engine has for a first token."""
+
+    async def main(clock: MemoryClock) -> None:
+        stalls = MemoryEngine(slots=1, pace=SLOW, fault_of=lambda _: Fault(kind=FaultKind.STALL))
+        settings = GatewaySettings(
+            first_token_timeout_s=30.0, queue_timeout_s=0.5, model_timeouts=(times,)
+        )
+        async with open_pool({"a": stalls}, settings=settings, clock=clock) as pool:
+            begun = clock.now()
+            with pytest.raises(AnserError):
+                await read(pool, demand())
+            [receipt] = await pool.receipts()
+            assert receipt.leases[0].error == code
+            first = receipt.leases[0]
+            assert first.ended_ms - first.started_ms == pytest.approx(lasts_s * 1_000, abs=50)
+            assert clock.now() - begun >= lasts_s
+
+    in_virtual_time(main)
+
+
+@pytest.mark.parametrize(("times", "waits_s"), [("memory queue=4", 4.0), ("other queue=4", 9.0)])
+def test_a_models_own_queue_time_holds_for_it(times: str, waits_s: float) -> None:
+    """It waits for a slot as long as its entry says, or as all others do."""
+
+    async def main(clock: MemoryClock) -> None:
+        settings = GatewaySettings(queue_timeout_s=9.0, model_timeouts=(times,))
+        engines = {"a": MemoryEngine(slots=1, pace=SLOW)}
+        async with (
+            open_pool({**engines}, settings=settings, clock=clock) as pool,
+            pool.gateway.answer(demand("first", **LONG)),
+        ):
+            begun = clock.now()
+            with pytest.raises(QueueTimeout):
+                await read(pool, demand("second"))
+            assert clock.now() - begun == pytest.approx(waits_s, abs=0.1)
+
+    in_virtual_time(main)
+
+
+@pytest.mark.parametrize(("times", "ends"), [("memory gap=0.5", False), ("memory gap=1.5", True)])
+def test_a_models_own_gap_holds_for_it(times: str, *, ends: bool) -> None:
+    """An engine of one token a second is silent for the one model, and not for the other."""
+
+    async def main(clock: MemoryClock) -> None:
+        settings = GatewaySettings(model_timeouts=(times,), continue_answers=False)
+        engines = {"a": MemoryEngine(slots=1, pace=SLOW)}
+        async with open_pool({**engines}, settings=settings, clock=clock) as pool:
+            if ends:
+                assert await read(pool, demand())
+            else:
+                with pytest.raises(TokenGapTimeout):
+                    await read(pool, demand())
+
+    in_virtual_time(main)
+
+
+def test_embeddings_have_their_models_own_times() -> None:
+    """They come whole: the time for a first token is theirs."""
+
+    async def main(clock: MemoryClock) -> None:
+        crawls = MemoryEngine(slots=1, pace=Pace(step_s=1.0, prefill_tokens_s=0.1))
+        settings = GatewaySettings(model_timeouts=("memory first_token=2",))
+        wanted = demand(route=Route.EMBEDDINGS, body={"input": "a b c d"}, output_tokens_max=0)
+        async with open_pool({"a": crawls}, settings=settings, clock=clock) as pool:
+            begun = clock.now()
+            with pytest.raises(FirstTokenTimeout):
+                await pool.gateway.embed(wanted)
+            assert 2.0 <= clock.now() - begun < 60.0
 
     in_virtual_time(main)

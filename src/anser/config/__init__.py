@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from anser.config.loading import Loaded, load, split_address
 from anser.config.shown import shown, without_password
+from anser.config.timeouts import Timeouts
 from anser.config.values import (
     Config,
     EngineSettings,
@@ -27,6 +28,7 @@ __all__ = [
     "MemberSettings",
     "ServerSettings",
     "Setting",
+    "Timeouts",
     "Value",
     "load",
     "settings",

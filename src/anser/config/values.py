@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, cast
 
+from anser.config.timeouts import LONGEST_S, SHORTEST_S, Timeouts, read_timeouts
 from anser.core import limits
+from anser.core.errors import ConfigError
 
 __all__ = [
     "SECTIONS",
@@ -41,7 +43,7 @@ def _setting(
 
 
 def _seconds(default: float, doc: str) -> Any:
-    return _setting(default, doc, low=0.1, high=_DAY_S)
+    return _setting(default, doc, low=SHORTEST_S, high=LONGEST_S)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -164,6 +166,30 @@ class GatewaySettings:
         "Who shares the engines' prompt caches: the platform, or each organisation for itself.",
         choices=("platform", "organisation"),
     )
+    model_timeouts: tuple[str, ...] = _setting(
+        (), "Times of single models, like: llama-405b queue=600 first_token=900 gap=120."
+    )
+    _usual: Timeouts = field(init=False, repr=False, compare=False)
+    _by_model: Mapping[str, Timeouts] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        usual = Timeouts(
+            queue_s=self.queue_timeout_s,
+            first_token_s=self.first_token_timeout_s,
+            token_gap_s=self.token_gap_timeout_s,
+            answer_s=self.answer_timeout_s,
+        )
+        try:
+            by_model = read_timeouts(self.model_timeouts, usual)
+        except ValueError as error:
+            path = "gateway.model_timeouts"
+            raise ConfigError(f"{path}: {error}.", param=path) from error
+        object.__setattr__(self, "_usual", usual)
+        object.__setattr__(self, "_by_model", by_model)
+
+    def timeouts(self, model: str) -> Timeouts:
+        """How long each stage of a request for this model may take."""
+        return self._by_model.get(model, self._usual)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -223,7 +249,7 @@ def settings() -> Iterator[Setting]:
     """Every setting, in the order of the reference."""
     yield _DATA_DIR
     for section, kind in SECTIONS.items():
-        for item in fields(kind):
+        for item in (one for one in fields(kind) if one.init):
             yield Setting(
                 path=f"{section}.{item.name}",
                 environment=f"ANSER_{section}_{item.name}".upper(),

@@ -70,7 +70,7 @@ class Attempts:
         now = self.dispatch.clock.now()
         self.stats.queue_s.observe(now - run.waits_since)
         if run.over_at == inf:
-            run.over_at = now + self.settings.answer_timeout_s
+            run.over_at = now + run.timeouts.answer_s
 
     def starts(self, model: str) -> bool:
         """Whether all nodes of this model are still starting."""
@@ -83,9 +83,7 @@ class Attempts:
     def first_token_s(self, run: Run) -> float:
         """How long an engine has for the first token."""
         now = self.dispatch.clock.now()
-        return max(
-            0.0, min(self.settings.first_token_timeout_s, run.left_s(now), run.over_at - now)
-        )
+        return max(0.0, min(run.timeouts.first_token_s, run.left_s(now), run.over_at - now))
 
     def too_late(self, run: Run) -> AnserError | None:
         """What it fails of once its own time is over: no node is to blame, none is tried."""

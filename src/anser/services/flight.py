@@ -91,7 +91,7 @@ class Flight:
         self.node = self.lease = ""  # of the first lease that answered
         self._crew = crew
         self._attempts = crew.attempts
-        self._gap_s = crew.attempts.settings.token_gap_timeout_s
+        self._gap_s = run.timeouts.token_gap_s
         self._run = run
         self._reader = reader
         self._loop = asyncio.get_running_loop()
@@ -361,7 +361,7 @@ class Flight:
             self._fail(error)
             return
         delivered = run.delivered - run.before
-        run.go_on(Patience(self._clock.now(), settings.queue_timeout_s))
+        run.go_on(Patience(self._clock.now(), run.timeouts.queue_s))
         self._ending = Ending(run.demand.output_tokens_max)
         self._attempts.failed(run, error, delivered=delivered)
         self.begin()

@@ -196,10 +196,12 @@ class Gateway:
             prompt_tokens=demand.prompt_tokens,
             output_tokens_max=demand.output_tokens_max,
         )
+        timeouts = self.settings.timeouts(demand.model)
         run = Run(
             demand=demand,
             reservation=reservation,
-            patience=Patience(self.clock.now(), self.settings.queue_timeout_s),
+            timeouts=timeouts,
+            patience=Patience(self.clock.now(), timeouts.queue_s),
             queued_ms=self._dispatch.wall_ms(),
             ready=asyncio.get_running_loop().create_future(),
             tally=Tally(demand.prompt_tokens, demand.prompt_bytes),

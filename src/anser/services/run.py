@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from math import inf
 
+from anser.config import Timeouts
 from anser.core.errors import (
     AnserError,
     AnswerTimeout,
@@ -85,6 +86,7 @@ class Run:
 
     demand: Demand
     reservation: Reservation
+    timeouts: Timeouts
     patience: Patience
     queued_ms: int
     ready: asyncio.Future[Lease]
@@ -152,7 +154,7 @@ class Run:
         """What it fails of once its time for a whole answer is over."""
         if now < self.over_at - _CLOCKS_S:
             return None
-        return AnswerTimeout("The whole answer took longer than it may here.")
+        return AnswerTimeout(f"The whole answer took longer than {self.timeouts.answer_s:g} s.")
 
     def settled(self) -> Usage:
         """What its lease has come to; what was said before it is no part of the prompt."""
