@@ -77,6 +77,7 @@ def test_worlds_have_what_they_are_for(worlds: list[World]) -> None:
     assert any(client.left and client.tokens for world in worlds for client in world.clients)
     gone_on = [client for world in worlds for client in world.clients if client.before]
     assert sum(client.finishes for client in gone_on) > 20, "answers that survived a node"
+    assert sum(world.hedged for world in worlds) > 20, "requests with a second lease"
     assert any(machine.declined for world in worlds for machine in world.machines.values())
     assert any(world.scheduler.out_of_tries for world in worlds)
     assert any(world.scheduler.pushed_out for world in worlds)

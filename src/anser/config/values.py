@@ -160,6 +160,9 @@ class GatewaySettings:
     continue_answers: bool = _setting(
         default=True, doc="Whether another node goes on with an answer whose node has died."
     )
+    hedge: bool = _setting(
+        default=False, doc="Whether a first token that is late may be asked of a second node."
+    )
     probe_interval_s: float = _seconds(10.0, "How often each node's health is asked, seconds.")
     cache_sharing: str = _setting(
         "platform",

@@ -33,6 +33,7 @@ __all__ = [
     "ENGINE_SILENCE_S",
     "FILES_MAX",
     "FILES_RESERVED",
+    "FIRST_TOKENS_MAX",
     "FIRST_TOKEN_TIMEOUT_S",
     "GGUF_HEADER_BYTES_MAX",
     "GGUF_KEYS_MAX",
@@ -145,6 +146,7 @@ FILES_RESERVED = 48  # of these for the platform itself: store, model, admin
 MEMBERS_MAX = 100_000
 KEYS_MAX = 200_000
 NODES_MAX = 4_096
+FIRST_TOKENS_MAX = 1_024  # models of nodes whose first tokens are measured
 LENGTHS_MAX = 4_096  # models whose prompts have been measured
 NODE_MODELS_MAX = 256
 NODE_SLOTS_MAX = 4_096

@@ -55,7 +55,7 @@ class Attempts:
 
         Raises EngineUnreachable, or EngineRefused where it cannot go on with what was begun.
         """
-        run.opened = True
+        run.opened, run.opened_at = True, self.dispatch.clock.now()
         try:
             offer = self.fleet.offer(lease.node, run.demand.model)
             run.owner = offer.member
@@ -81,16 +81,20 @@ class Attempts:
         return self.dispatch.scheduler.wait_s(demand.member, demand.model)
 
     def first_token_s(self, run: Run) -> float:
-        """How long an engine has for the first token."""
+        """How long its engine has from now on for the first token."""
         now = self.dispatch.clock.now()
-        return max(0.0, min(run.timeouts.first_token_s, run.left_s(now), run.over_at - now))
+        first_token_s = run.opened_at + run.timeouts.first_token_s - now
+        return max(0.0, min(first_token_s, run.left_s(now), run.over_at - now))
 
-    def too_late(self, run: Run) -> AnserError | None:
-        """What it fails of once its own time is over: no node is to blame, none is tried."""
+    def too_late(self, run: Run) -> AnserError:
+        """What it fails of without a first token.
+
+        If its own time is over, that is no EngineError: no node is to blame, none is tried.
+        """
         now = self.dispatch.clock.now()
         over = run.over(now)
         if over is None and run.left_s(now) > 0:
-            return None
+            return FirstTokenTimeout("The engine gave no first token in time.")
         run.late = True
         if over is not None:
             return over
@@ -99,6 +103,7 @@ class Attempts:
 
     async def embed(self, run: Run) -> bytes:
         """Embeddings, from one node after the other until one has made them."""
+        error: EngineError
         while True:
             lease = await self._lease(run)
             try:
@@ -109,9 +114,9 @@ class Attempts:
                 return data
             except TimeoutError:
                 late = self.too_late(run)
-                if late is not None:
+                if not isinstance(late, EngineError):
                     raise late from None
-                error: EngineError = FirstTokenTimeout("The engine gave no embeddings in time.")
+                error = late
             except EngineRefused:
                 raise
             except EngineError as raised:

@@ -8,6 +8,7 @@ from typing import Protocol
 from anser.core.errors import AnserError
 from anser.services.attempts import Attempts
 from anser.services.chunks import Piece
+from anser.services.hedge import Hedging
 from anser.services.ledger import Ledger
 from anser.services.settlement import Settlement
 
@@ -39,5 +40,6 @@ class Crew:
     """What all flights of a gateway have in common."""
 
     attempts: Attempts
+    hedging: Hedging
     settlement: Settlement
     ledger: Ledger
