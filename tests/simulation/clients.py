@@ -167,6 +167,12 @@ class Client:
         assert receipt.member == self.plan.member
         assert receipt.model == self.plan.model
         leases = [ms for lease in receipt.leases for ms in (lease.started_ms, lease.ended_ms)]
+        if any("+" in lease.lease for lease in receipt.leases):  # two ran at once
+            assert all(lease.started_ms <= lease.ended_ms for lease in receipt.leases)
+            leases = [lease.ended_ms for lease in receipt.leases]
+        slower = [lease for lease in receipt.leases if lease.error == "hedged"]
+        assert len(slower) <= 1, "hedged twice"
+        assert not any(lease.completion_tokens for lease in slower), "the slower one said something"
         first = [] if receipt.first_token_ms is None else [receipt.first_token_ms]
         for moments in (leases, first):  # whatever the wall clock did meanwhile
             whole = [receipt.queued_ms, *moments, receipt.ended_ms]

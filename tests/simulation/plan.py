@@ -30,6 +30,7 @@ NAMED += ("uni/physics/ada", "uni/physics/bo")  # parents before children
 _WEIGHTS = (1_000, 2_000, 4_000)
 _WINDOW = 300 * 1_000_000  # so that little worlds get beyond it
 _CROWDS = 0.3  # of all worlds
+_HEDGING = 0.5  # worlds where a first token that is late is asked of a second node
 _CONTINUING = 0.7  # worlds where another node goes on with an answer whose node has died
 
 
@@ -141,7 +142,11 @@ def draw_plan(seed: int) -> Plan:
     if rules is STRICT:  # the oracle knows no more
         clients = [replace(one, cached=False, batch=False, deadline_s=None) for one in clients]
     continues = random.Random(f"{seed} seam").random() < _CONTINUING
-    settings = replace(plan.settings, continue_answers=continues)
+    lasts_s = random.Random(f"{seed} answer").choice((0.7, 4.0, *[3_600.0] * 6))
+    hedges = random.Random(f"{seed} hedge").random() < _HEDGING
+    settings = replace(
+        plan.settings, continue_answers=continues, answer_timeout_s=lasts_s, hedge=hedges
+    )
     return replace(plan, clients=tuple(clients), settings=settings)
 
 

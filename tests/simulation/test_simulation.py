@@ -60,21 +60,24 @@ def test_worlds_have_what_they_are_for(worlds: list[World]) -> None:
         pytest.skip("needs all worlds")
     ends = {client.error.code for world in worlds for client in world.clients if client.error}
     assert ends >= {
+        "answer_timeout",
         "deadline_unreachable",
         "engine_broken",
         "engine_refused",
-        "engine_stalled",
         "engine_unreachable",
+        "first_token_timeout",
         "model_not_found",
         "no_node",
         "overloaded",
         "queue_timeout",
         "rate_limit_exceeded",
         "store_full",
+        "token_gap_timeout",
     }
     assert any(client.left and client.tokens for world in worlds for client in world.clients)
     gone_on = [client for world in worlds for client in world.clients if client.before]
     assert sum(client.finishes for client in gone_on) > 20, "answers that survived a node"
+    assert sum(world.hedged for world in worlds) > 20, "requests with a second lease"
     assert any(machine.declined for world in worlds for machine in world.machines.values())
     assert any(world.scheduler.out_of_tries for world in worlds)
     assert any(world.scheduler.pushed_out for world in worlds)

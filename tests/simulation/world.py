@@ -20,7 +20,7 @@ from anser.adapters.memory import MemoryClock, MemoryStore
 from anser.adapters.memory_engine import MemoryEngine, Pace
 from anser.adapters.signer import KeyFileSigner
 from anser.core.errors import AnserError, StoreFull
-from anser.core.events import Failed, Finished
+from anser.core.events import Failed, Finished, Lease
 from anser.core.fairness import price
 from anser.core.fleet import Node
 from anser.core.job import Job
@@ -34,7 +34,7 @@ from tests.simulation import virtual
 from tests.simulation.checked import CheckedScheduler
 from tests.simulation.clients import Client
 from tests.simulation.machines import LIE_TOKENS, Machine
-from tests.simulation.plan import Act, Lie, Mishap, Plan, draw_plan
+from tests.simulation.plan import MODELS, Act, Lie, Mishap, Plan, draw_plan
 
 __all__ = ["World", "live", "simulate"]
 
@@ -42,6 +42,8 @@ _FACTORS = {"large": 3_000}
 _TEMPLATE_WORDS = 8  # that an engine may add to a prompt
 _LIFE_S = 3_600.0  # nobody may still wait then
 _CHECK_EVERY = 20  # moments
+_KNOWN = 20  # first tokens of each node, before the first client comes
+_KNOWN_S = 0.05
 
 
 @dataclass
@@ -70,7 +72,9 @@ class World:
             Client(plan, self.clock, self.tell, self._receipted) for plan in self.plan.clients
         ]
         self._clients = {client.plan.id: client for client in self.clients}
+        self.paid: dict[str, list[Usage]] = {client.plan.id: [] for client in self.clients}
         self._seen = 0  # events of the scheduler
+        self.hedged = 0
         self.members: Members | None = None
         self.parts: list[Gateway | Members | Fleet | Ledger | MemoryStore | Machine] = []
 
@@ -84,7 +88,7 @@ class World:
     def _limits_of(self, job: Job) -> tuple[int, int]:
         """What it can come to on its node, and what its node may take back, in micro-credits."""
         assert job.node is not None
-        lie, words = self.machines[job.node.id].plan.lie, self._clients[job.id].plan.words
+        lie, words = self.machines[job.node.id].plan.lie, self._client(job).plan.words
         prompt = words + _TEMPLATE_WORDS + LIE_TOKENS * (lie is Lie.PROMPT)
         most = price(
             fresh=max(prompt, job.request.prompt_tokens),
@@ -94,12 +98,21 @@ class World:
         unsure = LIE_TOKENS * (lie is Lie.LESS)
         return most, price(output=unsure, factor_milli=job.factor_milli)
 
+    def _client(self, job: Job) -> Client:
+        """Whose lease this is, or whose second one."""
+        return self._clients[job.id.removesuffix("+1")]
+
     def _audit(self, job: Job, event: Finished | Failed) -> None:
         """A lease pays for what its machine made or, if that failed, for what its client got."""
         assert job.node is not None
-        machine, client = self.machines[job.node.id], self._clients[job.id]
+        machine, client = self.machines[job.node.id], self._client(job)
         made = machine.made.get(job.lease)
+        self.paid[client.plan.id].append(
+            event.usage if isinstance(event, Finished) else event.delivered
+        )
         match event:
+            case Failed(retry=False, delivered=usage) if usage == Usage():
+                pass  # nothing came of it, or the client has what the other of its two leases made
             case Failed(retry=True, delivered=usage):
                 got = Usage(completion_tokens=client.tokens - client.before)
                 assert usage == got, f"{job.lease} pays {usage} where {got} was got"
@@ -142,6 +155,7 @@ class World:
                     group.create_task(self._befall(mishap, members, fleet))
             self.store.fault = None
             await gateway.empty.wait()
+            self.hedged = gateway.stats.hedged
             self.validate()
         await self._check_end(members)
 
@@ -164,6 +178,7 @@ class World:
             factor_of=lambda model: _FACTORS.get(model, 1_000),
         )
         self.members = members
+        self._teach(gateway)
         self.parts = [gateway, members, fleet, ledger, self.store]
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(ledger.run())
@@ -176,6 +191,16 @@ class World:
                 watching.cancel()
                 await ledger.aclose()
         await fleet.aclose()
+
+    def _teach(self, gateway: Gateway) -> None:
+        """As if all nodes had been up for long, and many requests had come before."""
+        hedging = gateway._crew.hedging
+        hedging.saved = 4.0
+        for node in self.machines:
+            for model in MODELS:
+                lease = Lease(id="", request="", node=node, model=model, attempt=1)
+                for _ in range(_KNOWN):
+                    hedging.first_tokens.observe(lease, _KNOWN_S)
 
     def _engine_for(self, node: Node) -> Engine:
         return self.machines[node.id].connect()
@@ -222,14 +247,17 @@ class World:
         # Who is sent away after waiting is cancelled once more by the gateway; that is all.
         sent_away = scheduler.out_of_tries | scheduler.pushed_out
         assert scheduler.dropped == len(sent_away), scheduler
+        out_of_tries, pushed_out = map(_requests, (scheduler.out_of_tries, scheduler.pushed_out))
         assert not any(machine.open for machine in self.machines.values())
         receipts = await self.store.recent(limit=1_000_000, member=None)
         counts = Counter(receipt.request for receipt in receipts)
         assert max(counts.values(), default=1) == 1, counts
         liars = {name for name, machine in self.machines.items() if machine.plan.lie}
         for client in self.clients:
-            client.out_of_tries = client.plan.id in scheduler.out_of_tries
-            client.pushed_out = client.plan.id in scheduler.pushed_out
+            client.out_of_tries = client.plan.id in out_of_tries
+            client.pushed_out = client.plan.id in pushed_out
+            prompts = [paid for paid in self.paid[client.plan.id] if paid.prompt_tokens]
+            assert len(prompts) <= 1, f"{client.plan.id} pays {prompts}"
             own = [receipt for receipt in receipts if receipt.request == client.plan.id]
             try:
                 client.check(own, await _said(client), liars=liars)
@@ -261,6 +289,11 @@ async def _operate(mishap: Mishap, members: Members, fleet: Fleet) -> None:
             await members.set_member(mishap.member, weight=mishap.weight, changes={})
         case _:
             await members.add_member(f"late-{mishap.node}", weight=500)
+
+
+def _requests(jobs: set[str]) -> set[str]:
+    """The requests that these names at the scheduler are of."""
+    return {job.removesuffix("+1") for job in jobs}
 
 
 def _node(name: str) -> Node:

@@ -274,6 +274,59 @@ def test_an_address_is_split_into_host_and_port() -> None:
     assert split_address("[::1]:0") == ("::1", 0)
 
 
+def test_a_model_may_have_times_of_its_own(tmp_path: Path) -> None:
+    """What its entry says holds for that model alone; the rest is as for all, however given."""
+    text = """
+    [gateway]
+    queue_timeout_s = 7
+    model_timeouts = ["org/big:7b first_token=900 answer=0.5"]
+    """
+    settings = read(tmp_path, text, ANSER_GATEWAY_TOKEN_GAP_TIMEOUT_S="3").config.gateway
+    big, other = settings.timeouts("org/big:7b"), settings.timeouts("org/big")
+    assert (big.queue_s, big.first_token_s, big.token_gap_s, big.answer_s) == (7, 900, 3, 0.5)
+    assert (other.queue_s, other.first_token_s, other.token_gap_s) == (7, 120, 3)
+    assert other.answer_s == 3_600
+    environ = {"ANSER_GATEWAY_MODEL_TIMEOUTS": "a gap=1, b gap=2"}
+    found = load(file=None, environ=environ, overrides={}).config.gateway
+    assert [found.timeouts(model).token_gap_s for model in "abc"] == [1, 2, 30]
+
+
+@pytest.mark.parametrize(
+    ("entry", "why"),
+    [
+        ("big qeue=9", '"big qeue=9" has no stage "qeue"; the stages are queue, first_token, gap,'),
+        ("big gap=soon", '"big gap=soon": gap must be seconds from 0.1 to 86,400, like gap=60.'),
+        ("big gap", '"big gap": gap must be seconds'),
+        ("big gap=nan", "gap must be seconds"),
+        ("big gap=0", "gap must be seconds"),
+        ("big answer=86401", "answer must be seconds"),
+        ("big gap=1 gap=2", "has gap twice; leave one out."),
+        ("one answer=9", '"one answer=9" names one again; write one entry for it.'),
+        ("big", '"big" must be a model and its stages, like "big queue=600 gap=90".'),
+        ("gap=60 queue=9", "must be a model and its stages"),
+        ("", '"" must be a model and its stages'),
+        ("big " + "x" * 300, "has no stage"),
+    ],
+)
+def test_wrong_times_of_a_model_are_refused_by_entry_and_cure(
+    tmp_path: Path, entry: str, why: str
+) -> None:
+    """A wrong entry in the file is named, shortly, with what is wrong with it and what to do."""
+    message = refusal(tmp_path, f'[gateway]\nmodel_timeouts = ["one gap=1", "{entry}"]')
+    assert message.startswith(f"{tmp_path / 'anser.toml'}: gateway.model_timeouts: ")
+    assert why in message
+    assert len(message) < 600
+
+
+def test_times_of_a_model_are_refused_by_variable_and_entry() -> None:
+    """A wrong entry in the environment is named with the variable that it came from."""
+    environ = {"ANSER_GATEWAY_MODEL_TIMEOUTS": "a gap=1, b gip=2"}
+    with pytest.raises(ConfigError) as refused:
+        load(file=None, environ=environ, overrides={})
+    assert refused.value.message.startswith("ANSER_GATEWAY_MODEL_TIMEOUTS: gateway.model_timeouts")
+    assert '"b gip=2"' in refused.value.message
+
+
 def test_every_setting_says_what_it_takes() -> None:
     """Each setting has a unique path and variable, a sentence, and a range if it is a number."""
     all_of_them = list(settings())

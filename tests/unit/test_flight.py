@@ -60,8 +60,8 @@ class Line(Stream):
 class Caller(MemoryEngine, Starter):
     """An engine that tells what a test makes it tell."""
 
-    def __init__(self, *, slow: bool = False) -> None:
-        super().__init__(slots=4, pace=FAST)
+    def __init__(self, *, slow: bool = False, slots: int = 4) -> None:
+        super().__init__(slots=slots, pace=FAST)
         self.slow = slow
         self.lines: list[Line] = []
 

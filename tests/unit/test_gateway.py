@@ -16,8 +16,8 @@ from anser.core.errors import (
     AnserError,
     EngineBroken,
     EngineRefused,
-    EngineStalled,
     EngineUnreachable,
+    FirstTokenTimeout,
     LimitReached,
     ModelNotFound,
     NoNode,
@@ -26,6 +26,7 @@ from anser.core.errors import (
     ShuttingDown,
     StoreError,
     StoreFull,
+    TokenGapTimeout,
 )
 from anser.core.fleet import Node
 from anser.core.health import NodeState
@@ -178,7 +179,7 @@ async def test_silence_before_the_first_token_is_a_failed_node() -> None:
     async with open_pool({"a": stalled, "b": engine(slots=1)}, settings=settings) as pool:
         assert await read(pool, demand())
         [receipt] = await pool.receipts()
-        assert [lease.error for lease in receipt.leases] == ["engine_stalled", None]
+        assert [lease.error for lease in receipt.leases] == ["first_token_timeout", None]
 
 
 async def test_silence_between_tokens_is_told() -> None:
@@ -186,10 +187,10 @@ async def test_silence_between_tokens_is_told() -> None:
     fault = Fault(kind=FaultKind.STALL, after_tokens=2)
     settings = GatewaySettings(token_gap_timeout_s=0.1, continue_answers=False)
     async with open_pool({"a": engine(fault)}, settings=settings) as pool:
-        with pytest.raises(EngineStalled):
+        with pytest.raises(TokenGapTimeout):
             await read(pool, demand())
         [receipt] = await pool.receipts()
-        assert (receipt.error, receipt.usage.completion_tokens) == ("engine_stalled", 2)
+        assert (receipt.error, receipt.usage.completion_tokens) == ("token_gap_timeout", 2)
 
 
 async def test_a_client_that_leaves_in_mid_answer_frees_the_slot_at_once() -> None:
@@ -344,10 +345,10 @@ async def test_embeddings_have_a_limit() -> None:
     """A node that takes too long over them has failed."""
     settings = GatewaySettings(first_token_timeout_s=0.05)
     async with open_pool({"a": engine(pace=CRAWLING)}, settings=settings) as pool:
-        with pytest.raises(EngineStalled):
+        with pytest.raises(FirstTokenTimeout):
             await pool.gateway.embed(EMBED)
         [receipt] = await pool.receipts()
-        assert (receipt.outcome, receipt.error) == (Outcome.FAILED, "engine_stalled")
+        assert (receipt.outcome, receipt.error) == (Outcome.FAILED, "first_token_timeout")
 
 
 async def test_embeddings_can_be_cancelled() -> None:

@@ -17,11 +17,11 @@ from anser.config import GatewaySettings, MemberSettings
 from anser.core import limits
 from anser.core.errors import (
     EngineBroken,
-    EngineStalled,
     Overloaded,
     QueueTimeout,
     StoreFull,
     StoreLocked,
+    TokenGapTimeout,
 )
 from anser.core.fleet import Node
 from anser.core.health import NodeState
@@ -149,7 +149,7 @@ async def test_chunks_without_a_token_are_silence() -> None:
     node = Scripted([chunk("a"), chunk()], pause_s=0.02, endless=True)
     settings = GatewaySettings(token_gap_timeout_s=0.2, continue_answers=False)
     async with open_pool({"a": node}, settings=settings) as pool:
-        with pytest.raises(EngineStalled):
+        with pytest.raises(TokenGapTimeout):
             async with asyncio.timeout(3):
                 await read(pool, demand())
 

@@ -72,11 +72,11 @@ def test_waits_add_up() -> None:
     one = trail()
     assert one.waited_s(12.0) == 2.0
     one.began(lease(), Why(rule=Rule.LEAST), 13.0)
-    one.waits_again("engine_broken", 14.0)
+    one.waits_again(lease().id, "engine_broken", 14.0)
     assert one.waited_s(15.0) == 4.0
     one.began(lease(2), Why(rule=Rule.FREE), 16.0)
     assert [step.waited_s for step in one.steps] == [3.0, 2.0]
-    one.waits_again("engine_broken", 17.0)
+    one.waits_again(lease(2).id, "engine_broken", 17.0)
     one.end("queue_timeout", 20.0, retry_after_s=4.0)
     one.end("cancelled", 30.0)
     assert (one.ended, one.retry_after_s, one.waited_s(99.0)) == ("queue_timeout", 4.0, 8.0)
@@ -158,11 +158,23 @@ def test_the_short_form_is_one_line() -> None:
     why = Why(rule=Rule.NEAREST, key=12_500_000, least_key=9_000_000, rivals=4, cached_tokens=64)
     one.began(lease(), Why(rule=Rule.FREE), 10.0)
     assert told(one, 0.0) == "waited=0.000s queued=3 node=n rule=free rivals=0 cached=0/100"
-    one.waits_again("engine_broken", 11.0)
+    one.waits_again(lease().id, "engine_broken", 11.0)
     one.began(lease(2, "m"), why, 11.5)
     assert told(one, 0.0) == (
         "waited=0.500s queued=3 node=m rule=nearest key=12 least=9 rivals=4 cached=64/100 attempt=2"
     )
+
+
+def test_the_short_form_is_of_the_lease_that_went_on() -> None:
+    """Of two leases at once the one that was slower is not why it went where it went."""
+    one = trail()
+    second = Lease(id="r+1.1", request="r+1", node="m", model="memory", attempt=1)
+    one.began(lease(), Why(rule=Rule.FREE), 10.0)
+    one.began(second, Why(rule=Rule.FREE), 10.5)
+    one.lost(second.id, "hedged")
+    assert "node=n" in told(one, 0.0)
+    assert [step.hedge for step in one.steps] == [False, True]
+    assert one.waited_s(99.0) == 0.0
 
 
 async def test_the_header_is_given_to_who_asks_for_it(tmp_path: Path) -> None:
@@ -243,6 +255,10 @@ def test_people_are_told_in_words(language: str, monkeypatch: pytest.MonkeyPatch
         assert word in text
     lines = text.splitlines()
     assert len(lines) == 2 + 2 * 3 + 3 * len(Rule) + 2
+    both = [{**first, "error": "hedged"}, {**first, "lease": "r+1.1", "node": "b", "hedge": True}]
+    more = list(in_words({**found, "leases": both, "ended": None}))
+    assert len(more) == 2 + 3 + 3
+    assert not any("hedged" in line for line in more), "the code is told in words"
     quiet = {**found, "waited_s": 0.0, "leases": [], "ended": "cancelled", "retry_after_s": None}
     still = {**found, "waiting": True, "leases": [], "ended": None, "retry_after_s": None}
     refused = {**quiet, "ended": "no_node"}

@@ -148,6 +148,11 @@ class PoolCollector(Collector):
             "Answers that another node went on with after theirs had died.",
             value=stats.continued,
         )
+        yield CounterMetricFamily(
+            "anser_hedged",
+            "Requests that had a second lease, because their first one was slow.",
+            value=stats.hedged,
+        )
 
     def _fleet(self) -> Iterator[Metric]:
         views = view_of(self._services.fleet, self._services.gateway).nodes

@@ -59,7 +59,7 @@ def told(trail: Trail, now: float) -> str:
     """The trail in one short line: `waited=0.042s queued=3 node=a rule=light ...`."""
     words = [f"waited={trail.waited_s(now):.3f}s", f"queued={trail.queued}"]
     if trail.steps:
-        step = trail.steps[-1]
+        step = next((each for each in reversed(trail.steps) if not each.error), trail.steps[-1])
         why = step.why
         words += [f"node={step.lease.node}", f"rule={why.rule.name.lower()}"]
         if why.key or why.least_key:
@@ -87,4 +87,5 @@ def _lease(step: Step) -> dict[str, Any]:
         "cached_tokens": why.cached_tokens,
         "error": step.error,
         "delivered_tokens": step.delivered_tokens,
+        "hedge": step.hedge,
     }

@@ -59,6 +59,8 @@ def in_words(found: dict[str, Any]) -> Iterator[str]:
 
 
 def _lease(lease: dict[str, Any], prompt_tokens: int) -> Iterator[str]:
+    if lease.get("hedge"):
+        yield tr("why.late")
     yield tr("why.node", node=lease["node"], reason=tr(f"why.rule_{lease['rule']}"))
     key, least = lease["key_micro_credits"], lease["least_key_micro_credits"]
     if key or least:
@@ -68,7 +70,9 @@ def _lease(lease: dict[str, Any], prompt_tokens: int) -> Iterator[str]:
         yield tr("why.cached", cached=lease["cached_tokens"], prompt=prompt_tokens)
     else:
         yield tr("why.fresh")
-    if lease["error"] is not None and lease["delivered_tokens"]:
+    if lease["error"] == "hedged":
+        yield tr("why.hedged")
+    elif lease["error"] is not None and lease["delivered_tokens"]:
         yield tr("why.died", code=lease["error"], tokens=lease["delivered_tokens"])
     elif lease["error"] is not None:
         yield tr("why.failed", code=lease["error"])

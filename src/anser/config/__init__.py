@@ -11,6 +11,7 @@ from __future__ import annotations
 from anser.config.loading import Loaded, load, split_address
 from anser.config.reread import Reread
 from anser.config.shown import shown, without_password
+from anser.config.timeouts import Timeouts
 from anser.config.values import (
     Config,
     EngineSettings,
@@ -31,6 +32,7 @@ __all__ = [
     "Reread",
     "ServerSettings",
     "Setting",
+    "Timeouts",
     "Value",
     "load",
     "settings",

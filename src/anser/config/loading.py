@@ -319,7 +319,11 @@ def _assemble(
     parts: dict[str, Any] = {}
     for section, kind in SECTIONS.items():
         names = [item.name for item in fields(kind) if f"{section}.{item.name}" in given]
-        parts[section] = kind(**{name: given[f"{section}.{name}"][0] for name in names})
+        try:
+            parts[section] = kind(**{name: given[f"{section}.{name}"][0] for name in names})
+        except ConfigError as error:  # it says which setting, and not where that was given
+            source = given[error.param or ""][1]
+            raise ConfigError(f"{source}: {error.message}", param=error.param) from error
     assert all(path in known for path in given)
     return Config(data_dir=data_dir, **parts)
 

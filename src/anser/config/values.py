@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, cast
 
+from anser.config.timeouts import LONGEST_S, SHORTEST_S, Timeouts, read_timeouts
 from anser.core import limits
+from anser.core.errors import ConfigError
 
 __all__ = [
     "SECTIONS",
@@ -42,7 +45,7 @@ def _setting(
 
 
 def _seconds(default: float, doc: str) -> Any:
-    return _setting(default, doc, low=0.1, high=_DAY_S, live=True)
+    return _setting(default, doc, low=SHORTEST_S, high=LONGEST_S, live=True)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -164,6 +167,9 @@ class GatewaySettings:
     token_gap_timeout_s: float = _seconds(
         limits.TOKEN_GAP_TIMEOUT_S, "Longest silence between tokens, seconds."
     )
+    answer_timeout_s: float = _seconds(
+        limits.ANSWER_TIMEOUT_S, "Longest time for a whole answer, from its first slot, seconds."
+    )
     queued_max: int = _setting(
         limits.QUEUED_MAX,
         "Waiting requests on the whole platform.",
@@ -183,6 +189,11 @@ class GatewaySettings:
         doc="Whether another node goes on with an answer whose node has died.",
         live=True,
     )
+    hedge: bool = _setting(
+        default=False,
+        doc="Whether a first token that is late may be asked of a second node.",
+        live=True,
+    )
     probe_interval_s: float = _seconds(10.0, "How often each node's health is asked, seconds.")
     cache_sharing: str = _setting(
         "platform",
@@ -190,6 +201,36 @@ class GatewaySettings:
         choices=("platform", "organisation"),
         live=True,
     )
+    model_timeouts: tuple[str, ...] = _setting(
+        (), "Times of single models, like: llama-405b queue=600 first_token=900 gap=120.", live=True
+    )
+
+    def __post_init__(self) -> None:
+        try:
+            self._timeouts()
+        except ValueError as error:
+            path = "gateway.model_timeouts"
+            raise ConfigError(f"{path}: {error}.", param=path) from error
+
+    def timeouts(self, model: str) -> Timeouts:
+        """How long each stage of a request for this model may take."""
+        usual, by_model = self._timeouts()
+        return by_model.get(model, usual)
+
+    def _timeouts(self) -> tuple[Timeouts, Mapping[str, Timeouts]]:
+        usual = (self.queue_timeout_s, self.first_token_timeout_s, self.token_gap_timeout_s)
+        return _timeouts_of(*usual, self.answer_timeout_s, self.model_timeouts)
+
+
+@lru_cache(maxsize=16)  # asked for each request, and changed by SIGHUP
+def _timeouts_of(
+    queue_s: float, first_token_s: float, gap_s: float, answer_s: float, entries: tuple[str, ...]
+) -> tuple[Timeouts, Mapping[str, Timeouts]]:
+    """What holds for all models, and for those that are named. Raises ValueError."""
+    usual = Timeouts(
+        queue_s=queue_s, first_token_s=first_token_s, token_gap_s=gap_s, answer_s=answer_s
+    )
+    return usual, read_timeouts(entries, usual)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -250,7 +291,7 @@ def settings() -> Iterator[Setting]:
     """Every setting, in the order of the reference."""
     yield _DATA_DIR
     for section, kind in SECTIONS.items():
-        for item in fields(kind):
+        for item in (one for one in fields(kind) if one.init):
             yield Setting(
                 path=f"{section}.{item.name}",
                 environment=f"ANSER_{section}_{item.name}".upper(),

@@ -22,8 +22,11 @@ AnserError
 │   ├── EngineUnreachable      502  no connection, or none in time
 │   ├── EngineBroken           502  it answered what no engine may answer
 │   ├── EngineStalled          504  it went silent beyond the limit
+│   │   ├── FirstTokenTimeout  504  before its first token
+│   │   └── TokenGapTimeout    504  between two tokens
 │   ├── EngineDeclined         503  it would not take it now: its key, its load, its models
 │   └── EngineRefused          400  it found the request itself at fault (status is its own)
+├── AnswerTimeout              504  the whole answer took longer than it may; nobody's fault
 ├── Unavailable                503  the platform cannot serve this now
 │   ├── NoNode                 503  the model exists, but no node serves it now
 │   ├── QueueTimeout           503  the request waited for a slot as long as it may
@@ -50,6 +53,7 @@ from typing import Self
 
 __all__ = [
     "AnserError",
+    "AnswerTimeout",
     "BodyTimeout",
     "BodyTooLarge",
     "ConfigError",
@@ -64,6 +68,7 @@ __all__ = [
     "EngineRefused",
     "EngineStalled",
     "EngineUnreachable",
+    "FirstTokenTimeout",
     "Forbidden",
     "HeadTimeout",
     "HeadTooLarge",
@@ -87,6 +92,7 @@ __all__ = [
     "StoreFull",
     "StoreLocked",
     "StoreNewer",
+    "TokenGapTimeout",
     "Unauthenticated",
     "Unavailable",
     "UnknownField",
@@ -270,6 +276,18 @@ class EngineStalled(EngineError):
     code = "engine_stalled"
 
 
+class FirstTokenTimeout(EngineStalled):
+    """The engine gave no first token in time, or no embeddings."""
+
+    code = "first_token_timeout"
+
+
+class TokenGapTimeout(EngineStalled):
+    """The engine went silent between two tokens."""
+
+    code = "token_gap_timeout"
+
+
 class EngineDeclined(EngineError):
     """The engine would not take it now (4xx of the node's own): another node may, unblamed."""
 
@@ -287,6 +305,13 @@ class EngineRefused(EngineError):
     def __init__(self, message: str, *, status: int = 400, param: str | None = None) -> None:
         super().__init__(message, param=param)
         self.status = status
+
+
+class AnswerTimeout(AnserError):
+    """The whole answer took longer than it may: no node is to blame, none goes on."""
+
+    status = 504
+    code = "answer_timeout"
 
 
 class Unavailable(AnserError):

@@ -5,6 +5,7 @@ from __future__ import annotations
 __all__ = [
     "ABORT_WAIT_S",
     "ANSWERS_MAX",
+    "ANSWER_TIMEOUT_S",
     "ARRIVALS_AT_ONCE",
     "BATCH_RECEIPTS_MAX",
     "BODIES_BYTES_MAX",
@@ -33,6 +34,7 @@ __all__ = [
     "ENGINE_SILENCE_S",
     "FILES_MAX",
     "FILES_RESERVED",
+    "FIRST_TOKENS_MAX",
     "FIRST_TOKEN_TIMEOUT_S",
     "GGUF_HEADER_BYTES_MAX",
     "GGUF_KEYS_MAX",
@@ -132,6 +134,7 @@ QUEUE_TIMEOUT_S = 120.0
 START_WAIT_S = 3_600.0  # for a model that is still being fetched or loaded
 FIRST_TOKEN_TIMEOUT_S = 120.0
 TOKEN_GAP_TIMEOUT_S = 30.0
+ANSWER_TIMEOUT_S = 3_600.0
 RETRIES_MAX = 3
 RETRY_AFTER_MIN_S = 1.0  # told to who is turned away from the queue, however short it is
 RETRY_AFTER_MAX_S = 600.0  # and however long
@@ -145,6 +148,7 @@ FILES_RESERVED = 48  # of these for the platform itself: store, model, admin
 MEMBERS_MAX = 100_000
 KEYS_MAX = 200_000
 NODES_MAX = 4_096
+FIRST_TOKENS_MAX = 1_024  # models of nodes whose first tokens are measured
 LENGTHS_MAX = 4_096  # models whose prompts have been measured
 NODE_MODELS_MAX = 256
 NODE_SLOTS_MAX = 4_096

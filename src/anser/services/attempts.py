@@ -14,14 +14,16 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import dataclass
+from math import inf
 
 from anser.config import GatewaySettings
 from anser.core.errors import (
+    AnserError,
     DeadlineUnreachable,
     EngineError,
     EngineRefused,
-    EngineStalled,
     EngineUnreachable,
+    FirstTokenTimeout,
     NoNode,
 )
 from anser.core.events import Lease
@@ -53,7 +55,7 @@ class Attempts:
 
         Raises EngineUnreachable, or EngineRefused where it cannot go on with what was begun.
         """
-        run.opened = True
+        run.opened, run.opened_at = True, self.dispatch.clock.now()
         try:
             offer = self.fleet.offer(lease.node, run.demand.model)
             run.owner = offer.member
@@ -65,7 +67,10 @@ class Attempts:
     def leased(self, run: Run) -> None:
         """It has a slot, and waits no longer."""
         run.reservation.started()
-        self.stats.queue_s.observe(self.dispatch.clock.now() - run.waits_since)
+        now = self.dispatch.clock.now()
+        self.stats.queue_s.observe(now - run.waits_since)
+        if run.over_at == inf:
+            run.over_at = now + run.timeouts.answer_s
 
     def starts(self, model: str) -> bool:
         """Whether all nodes of this model are still starting."""
@@ -76,20 +81,29 @@ class Attempts:
         return self.dispatch.scheduler.wait_s(demand.member, demand.model)
 
     def first_token_s(self, run: Run) -> float:
-        """How long an engine has for the first token."""
-        left_s = run.left_s(self.dispatch.clock.now())
-        return max(0.0, min(self.settings.first_token_timeout_s, left_s))
+        """How long its engine has from now on for the first token."""
+        now = self.dispatch.clock.now()
+        first_token_s = run.opened_at + run.timeouts.first_token_s - now
+        return max(0.0, min(first_token_s, run.left_s(now), run.over_at - now))
 
-    def too_late(self, run: Run) -> DeadlineUnreachable | None:
-        """What it fails of once its deadline has passed: no node is to blame, none is tried."""
-        if run.left_s(self.dispatch.clock.now()) > 0:
-            return None
+    def too_late(self, run: Run) -> AnserError:
+        """What it fails of without a first token.
+
+        If its own time is over, that is no EngineError: no node is to blame, none is tried.
+        """
+        now = self.dispatch.clock.now()
+        over = run.over(now)
+        if over is None and run.left_s(now) > 0:
+            return FirstTokenTimeout("The engine gave no first token in time.")
         run.late = True
+        if over is not None:
+            return over
         message = "No first token came by the request's deadline."
         return DeadlineUnreachable(message, retry_after_s=come_back_s(self.wait_s(run.demand)))
 
     async def embed(self, run: Run) -> bytes:
         """Embeddings, from one node after the other until one has made them."""
+        error: EngineError
         while True:
             lease = await self._lease(run)
             try:
@@ -100,9 +114,9 @@ class Attempts:
                 return data
             except TimeoutError:
                 late = self.too_late(run)
-                if late is not None:
+                if not isinstance(late, EngineError):
                     raise late from None
-                error: EngineError = EngineStalled("The engine gave no embeddings in time.")
+                error = late
             except EngineRefused:
                 raise
             except EngineError as raised:

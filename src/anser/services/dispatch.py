@@ -70,8 +70,7 @@ class Dispatch:
 
     def submit(self, run: Run, request: Request) -> None:
         """Let `run` start or wait. Raises what it is refused for at once: it was never here."""
-        self.runs[request.id] = run
-        self.empty.clear()
+        self.add(run)
         trail = Trail(
             request=request,
             came_ms=run.queued_ms,
@@ -85,23 +84,47 @@ class Dispatch:
             self.remove(run)
             raise refusal
 
+    def add(self, run: Run) -> None:
+        """It is about to be told to the scheduler."""
+        self.runs[run.job] = run
+        self.empty.clear()
+
+    def withdraw(self, shadow: Run, event: Cancelled | Failed) -> None:
+        """By this event a second lease ends, or is wanted no more, before anything came of it."""
+        trail = self.whys.find(shadow.demand.id)
+        if trail is not None and shadow.lease is not None:
+            trail.withdraw(shadow.lease.id)
+        self.tell(event)
+        self.remove(shadow)
+
+    def swap(self, run: Run, shadow: Run) -> None:
+        """The second lease becomes the request's own, and the first one its shadow's."""
+        run.swap(shadow)
+        self.runs[run.job], self.runs[shadow.job] = run, shadow
+
+    def ended_early(self, run: Run, lease: Lease, code: str) -> None:
+        """One of its two leases has failed, or was slower than the other."""
+        trail = self.whys.find(run.demand.id)
+        if trail is not None:
+            trail.lost(lease.id, code)
+
     def lost(self, run: Run, lease: Lease, error: EngineError, *, delivered: Usage) -> bool:
         """Its node has failed, having delivered that: returns whether it waits or runs again."""
         trail = self.whys.find(run.demand.id)
         if trail is not None:
             tokens = delivered.completion_tokens
-            trail.waits_again(error.code, self.clock.now(), delivered_tokens=tokens)
+            trail.waits_again(lease.id, error.code, self.clock.now(), delivered_tokens=tokens)
         refusals = self.tell(Failed(lease=lease.id, delivered=delivered, retry=True))
-        return all(refused.request != run.demand.id for refused in refusals)
+        return all(refused.request != run.job for refused in refusals)
 
     def left(self, run: Run, code: str | None) -> None:
         """It waits no longer: it has failed by this code, or its client has left."""
         self._ended(run.demand.id, code or "cancelled")
-        self.tell(Cancelled(request=run.demand.id))
+        self.tell(Cancelled(request=run.job))
 
     def remove(self, run: Run) -> None:
         """It has ended."""
-        del self.runs[run.demand.id]
+        del self.runs[run.job]
         if run.ready.done():
             run.ready.exception()  # a client that has just left does not ask for it any more
         if not self.runs:
@@ -144,21 +167,21 @@ class Dispatch:
             case Start(lease=lease):
                 self.fairness.began(decision, self.clock.now())
                 run = self.runs[lease.request]
-                trail = self.whys.find(lease.request)
+                trail = self.whys.find(run.demand.id)
                 if trail is not None:
                     trail.began(lease, decision.why, self.clock.now())
                 run.lease, run.lease_started_ms = lease, run.moment(self.wall_ms())
-                run.told = 0
+                run.rule, run.told = decision.why.rule, 0
                 if not run.ready.done():  # else its client has just left
                     run.ready.set_result(lease)
             case Refused(code="overloaded" | "deadline"):
                 error = _refusal(decision)
-                self._ended(decision.request, error.code, retry_after_s=error.retry_after_s)
                 run = self.runs[decision.request]
+                self._ended(run.demand.id, error.code, retry_after_s=error.retry_after_s)
                 if not run.ready.done():  # else its client has just left
                     run.ready.set_exception(error)
             case Refused():
-                self._ended(decision.request, decision.code)
+                self._ended(self.runs[decision.request].demand.id, decision.code)
                 refusals.append(decision)
             case _:  # Abort: the request's own task stops its engine
                 pass

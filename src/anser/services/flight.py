@@ -22,58 +22,26 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
 from enum import Enum
-from typing import Protocol
 
-from anser.core.errors import AnserError, EngineBroken, EngineError, EngineRefused, EngineStalled
+from anser.core.errors import AnserError, EngineBroken, EngineError, EngineRefused
 from anser.core.events import Lease, Progressed
 from anser.core.ledger import Outcome, Usage
 from anser.core.limits import RECORD_TIMEOUT_S, STREAM_BUFFER_MAX
 from anser.ports import Stream
 from anser.services.alarm import Alarm
-from anser.services.attempts import Attempts
 from anser.services.bugs import bug
 from anser.services.chunks import Ending, Piece
-from anser.services.ledger import Ledger, late
+from anser.services.crew import Crew, Reader
+from anser.services.hedge import Hedge
+from anser.services.ledger import late
 from anser.services.pump import open_stream
 from anser.services.run import Patience, Run, come_back_s
 from anser.services.seam import without_role
-from anser.services.settlement import Settlement
 
 __all__ = ["Crew", "Flight", "Reader"]
 
 _COALESCE_S = 0.1  # SCHEDULER rule 4: output is charged per token, told at most this often
-_OVERRUN_SLACK = 1  # the rest of the last token may come in a chunk of its own
-
-
-class Reader(Protocol):
-    """Who an answer is for, told of it as it comes."""
-
-    def began(self) -> None:
-        """The first piece comes next; the flight's `node`, `lease` and `limits` are known."""
-        ...
-
-    def piece(self, piece: Piece) -> None:
-        """The next piece. Raises AnserError where it is none that can be passed on."""
-        ...
-
-    def ended(self) -> None:
-        """That was all, and the receipt is durable."""
-        ...
-
-    def failed(self, error: AnserError) -> None:
-        """There is no answer, or no more of it; the receipt says why."""
-        ...
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Crew:
-    """What all flights of a gateway have in common."""
-
-    attempts: Attempts
-    settlement: Settlement
-    ledger: Ledger
 
 
 class _State(Enum):
@@ -100,8 +68,10 @@ class Flight:
         "_failure",
         "_gap_s",
         "_gone",
+        "_hedge",
         "_left",
         "_loop",
+        "_may_hedge",
         "_opening",
         "_reader",
         "_run",
@@ -116,22 +86,29 @@ class Flight:
         self.node = self.lease = ""  # of the first lease that answered
         self._crew = crew
         self._attempts = crew.attempts
-        self._gap_s = crew.attempts.settings.token_gap_timeout_s
+        self._gap_s = run.timeouts.token_gap_s
         self._run = run
         self._reader = reader
         self._loop = asyncio.get_running_loop()
         self._clock = crew.attempts.dispatch.clock
         self._state = _State.QUEUED
         self._stream: Stream | None = None
+        self._hedge: Hedge | None = None  # its second stream, until one of the two has a token
         self._opening: deque[tuple[Piece, int]] = deque()
         self._ending = Ending(run.demand.output_tokens_max)
         self._failure: AnserError | None = None
-        self._left = self._told = False
+        self._left = self._told = self._may_hedge = False
         self._gone: asyncio.Future[None] | None = None
         self._alarm = Alarm(self._ring, early_s=self._gap_s)
 
     def __repr__(self) -> str:
         return f"<Flight {self._run.demand.id} {self._state.value} left={self._left}>"
+
+    def validate(self) -> None:
+        """Assert what the module's docstring says, as far as it shows between calls."""
+        assert self._stream is None or self._state in _ENGINES_TURN, self
+        assert self._hedge is None or self._state is _State.OPENING, self
+        assert self._run.closed == (self._state in (_State.SETTLING, _State.ENDED)), self
 
     @property
     def over(self) -> bool:
@@ -228,7 +205,6 @@ class Flight:
         attempts.leased(run)
         self._state = _State.OPENING
         self._opening.clear()
-        self._alarm.set(attempts.first_token_s(run))
         try:
             engine, call = attempts.call(run, lease)
         except EngineError as error:
@@ -237,6 +213,9 @@ class Flight:
         self._stream = open_stream(engine, call, self)
         if self._alarm.held:
             self._stream.pause()
+        late_s, longest_s = self._crew.hedging.late_s(run), attempts.first_token_s(run)
+        self._may_hedge = late_s < longest_s
+        self._alarm.set(min(late_s, longest_s))
 
     # The engine, whose Receiver it is
 
@@ -272,12 +251,12 @@ class Flight:
     def _fail_stream(self, error: AnserError) -> None:
         if self._state not in _ENGINES_TURN:
             return
-        if not isinstance(error, EngineError):
+        if self._state is _State.RELAYING and self._run.is_whole(self._ending, error):
+            self._stop(self._settle)
+        elif not isinstance(error, EngineError):
             self._fail(error)
         elif self._state is _State.OPENING:
             self._not_opened(error)
-        elif self._is_whole(error):
-            self._stop(self._settle)
         else:
             self._stop(lambda: self._go_on(error))
 
@@ -294,6 +273,8 @@ class Flight:
         run.began = True
         self._state = _State.RELAYING
         self._alarm.set(self._gap_s)
+        self._lose_second(None)
+        self._crew.hedging.began(run)
         if run.before:
             self._attempts.stats.continued += 1
             opening = [(without_role(each), count) for each, count in self._opening]
@@ -314,12 +295,43 @@ class Flight:
     def _not_opened(self, error: EngineError) -> None:
         if isinstance(error, EngineRefused) and not self._run.before:
             self._fail(error)
+        elif self._hedge is not None:
+            self._take_second(error)
         else:
             self._stop(lambda: self._try_again(error))
 
     def _try_again(self, error: EngineError) -> None:
         self._attempts.failed(self._run, error)
         self.begin()
+
+    # A second lease
+
+    def _ask_second(self) -> None:
+        """Its first token is late: let another node try as well, if one can now."""
+        self._may_hedge = False
+        self._alarm.set(self._attempts.first_token_s(self._run))
+        self._hedge = self._crew.hedging.ask(
+            self._run,
+            first=lambda: self._safely(lambda: self._take_second(None)),
+            lost=lambda error: self._safely(lambda: self._lose_second(error)),
+        )
+
+    def _lose_second(self, error: AnserError | None) -> None:
+        """The second lease has failed, or is not needed, if there is one."""
+        hedge, self._hedge = self._hedge, None
+        if hedge is not None:
+            hedge.lose(error)
+
+    def _take_second(self, error: EngineError | None) -> None:
+        """Go on with the second lease: the first has failed, or is slower."""
+        hedge, self._hedge = self._hedge, None
+        assert hedge is not None
+        self._stream = hedge.take(self._stream, error)
+        self._opening.clear()
+        if self._alarm.held:
+            self._stream.pause()
+        self._alarm.set(self._attempts.first_token_s(self._run))
+        hedge.tell(self)
 
     # Piece by piece
 
@@ -329,7 +341,7 @@ class Flight:
         if tokens:
             self._progress(tokens)
         total = run.before + run.tally.tokens
-        if self._is_too_long(total) or run.said.stops_in(piece):
+        if run.is_too_long(total) or run.said.stops_in(piece):
             run.tally.cut(run.delivered - run.before)
             self._ending.cut(piece, "length" if run.blame else "stop")
             self._stop(self._settle)
@@ -351,33 +363,14 @@ class Flight:
     def _progress(self, tokens: int) -> None:
         """Charge what was generated, told to the scheduler at most every 100 ms."""
         run, attempts, now = self._run, self._attempts, self._clock.now()
-        self._alarm.set(self._gap_s)
+        self._alarm.set(min(self._gap_s, run.over_at - now))
         attempts.stats.produced(tokens, now)
         untold = run.tally.tokens - run.told
         if now - run.told_at >= _COALESCE_S and run.lease is not None:
             run.told, run.told_at = run.tally.tokens, now
             attempts.dispatch.tell(Progressed(lease=run.lease.id, tokens=untold))
 
-    def _is_too_long(self, tokens: int) -> bool:
-        """Whether its engine has gone past the longest answer asked for."""
-        run = self._run
-        if tokens <= run.demand.output_tokens_max + _OVERRUN_SLACK:
-            return False
-        run.blame = EngineBroken("The engine went past the longest answer asked for.")
-        return True
-
     # A node that dies
-
-    def _is_whole(self, error: EngineError) -> bool:
-        """Whether its node has died when nothing of the answer was missing but the usage."""
-        run, ending = self._run, self._ending
-        full = run.delivered >= run.demand.output_tokens_max
-        if not ending.finished and full and run.said.last is not None:
-            run.tally.cut(run.delivered - run.before)
-            ending.cut(run.said.last)
-        if ending.finished:
-            run.blame = error
-        return ending.finished
 
     def _go_on(self, error: EngineError) -> None:
         """Let another node go on from what the client has, where one can."""
@@ -386,7 +379,7 @@ class Flight:
             self._fail(error)
             return
         delivered = run.delivered - run.before
-        run.go_on(Patience(self._clock.now(), settings.queue_timeout_s))
+        run.go_on(Patience(self._clock.now(), run.timeouts.queue_s))
         self._ending = Ending(run.demand.output_tokens_max)
         self._attempts.failed(run, error, delivered=delivered)
         self.begin()
@@ -397,6 +390,7 @@ class Flight:
         """Stop its engine; `then` is next, unless the client has left meanwhile."""
         self._state = _State.STOPPING
         self._alarm.unset()
+        self._lose_second(None)
         stream, self._stream = self._stream, None
         if stream is None:
             self._stopped(then)
@@ -485,14 +479,13 @@ class Flight:
         self._safely(self._be_late)
 
     def _be_late(self) -> None:
-        attempts = self._attempts
         if self._state is _State.QUEUED:
             self._wait_on()
         elif self._state is _State.RELAYING:
-            self.failed(EngineStalled("The engine went silent in mid-answer."))
+            self.failed(self._run.too_slow(self._clock.now()))
         elif self._state is _State.SETTLING:
             self._recorded(late())
-        elif (too_late := attempts.too_late(self._run)) is not None:
-            self._fail(too_late)
+        elif self._may_hedge:
+            self._ask_second()
         else:
-            self._not_opened(EngineStalled("The engine gave no first token in time."))
+            self.failed(self._attempts.too_late(self._run))

@@ -29,6 +29,7 @@ from anser.services.dispatch import Dispatch
 from anser.services.fairness import Fairness
 from anser.services.fleet import Fleet
 from anser.services.flight import Crew, Flight, Reader
+from anser.services.hedge import Hedging
 from anser.services.ledger import Ledger
 from anser.services.lengths import Lengths
 from anser.services.members import Members
@@ -87,7 +88,12 @@ class Gateway:
         self._settlement = Settlement(
             dispatch=self._dispatch, fleet=self.fleet, stats=self.stats, lengths=self.lengths
         )
-        self._crew = Crew(attempts=self._attempts, settlement=self._settlement, ledger=self.ledger)
+        self._crew = Crew(
+            attempts=self._attempts,
+            hedging=Hedging(self._attempts),
+            settlement=self._settlement,
+            ledger=self.ledger,
+        )
         self.members.subscribe(self._dispatch.weighed)
         self.fleet.subscribe(self._dispatch.fleet_changed)
 
@@ -97,6 +103,7 @@ class Gateway:
     def validate(self) -> None:
         """Assert the invariants: the scheduler knows no request that the gateway does not."""
         self._dispatch.validate()
+        self._crew.hedging.validate()
 
     @property
     def whys(self) -> Whys:
@@ -196,10 +203,12 @@ class Gateway:
             prompt_tokens=demand.prompt_tokens,
             output_tokens_max=demand.output_tokens_max,
         )
+        timeouts = self.settings.timeouts(demand.model)
         run = Run(
             demand=demand,
             reservation=reservation,
-            patience=Patience(self.clock.now(), self.settings.queue_timeout_s),
+            timeouts=timeouts,
+            patience=Patience(self.clock.now(), timeouts.queue_s),
             queued_ms=self._dispatch.wall_ms(),
             ready=asyncio.get_running_loop().create_future(),
             tally=Tally(demand.prompt_tokens, demand.prompt_bytes),

@@ -7,21 +7,33 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from math import inf
 
-from anser.core.errors import AnserError, DeadlineUnreachable, EngineError, QueueTimeout
-from anser.core.events import Lease
+from anser.config import Timeouts
+from anser.core.errors import (
+    AnserError,
+    AnswerTimeout,
+    DeadlineUnreachable,
+    EngineBroken,
+    EngineError,
+    QueueTimeout,
+    TokenGapTimeout,
+)
+from anser.core.events import Lease, Rule
 from anser.core.fleet import EngineKind, Offer
 from anser.core.ledger import LeaseRecord, Outcome, Receipt, Usage
 from anser.core.limits import RETRY_AFTER_MAX_S, RETRY_AFTER_MIN_S, START_WAIT_S
 from anser.core.prefix import Chain
 from anser.ports import Call, Clock, Route
-from anser.services.chunks import Tally
+from anser.services.chunks import Ending, Tally
 from anser.services.reservation import Reservation
 from anser.services.seam import Said, go_on
 
 __all__ = ["Demand", "Patience", "Run", "call_for", "come_back_s"]
 
 _RETRY_AFTER_S = 5.0  # where nobody knows better
+_OF_A_LEASE = ("job", "lease", "lease_started_ms", "opened_at", "owner", "tally")
 _LOOK_S = 5.0  # how often a request looks whether its model still starts
+_OVERRUN_SLACK = 1  # the rest of the last token may come in a chunk of its own
+_CLOCKS_S = 1e-3  # two sums of the same times may differ by a little
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,12 +90,15 @@ class Run:
 
     demand: Demand
     reservation: Reservation
+    timeouts: Timeouts
     patience: Patience
     queued_ms: int
     ready: asyncio.Future[Lease]
     tally: Tally
     said: Said
+    job: str = ""  # its name at the scheduler: its id, or its shadow's where that was faster
     lease: Lease | None = None
+    rule: Rule | None = None  # by which it was given
     lease_started_ms: int = 0
     leases: list[LeaseRecord] = field(default_factory=list[LeaseRecord])
     delivered: int = 0
@@ -92,18 +107,21 @@ class Run:
     told: int = 0
     told_at: float = 0.0
     silent_s: float = 0.0  # waited for the engine since its last token
-    opened: bool = False  # its engine has been asked
+    opened: bool = False  # its engine has been asked,
+    opened_at: float = 0.0  # at that time
     began: bool = False  # its engine has answered
     late: bool = False  # its deadline has passed while its engine worked
     blame: EngineError | None = None  # what its node did wrong, though the answer ended well
     owner: str = ""  # of the node that was asked last
     factor_milli: int = 1_000  # the model's price factor, in thousandths
+    over_at: float = inf  # monotonic: then its time for a whole answer is over
     first_token_ms: int | None = None
     closed: bool = False
     _latest_ms: int = 0
 
     def __post_init__(self) -> None:
         self.admitted_at = self.patience.asked_at
+        self.job = self.job or self.demand.id
 
     @property
     def waits_since(self) -> float:
@@ -120,9 +138,30 @@ class Run:
         """Nothing has come of its lease: the next one begins where that did."""
         self.opened, self.silent_s = False, 0.0
         self.ready = asyncio.get_running_loop().create_future()
+        self.tally = self._new_tally()
+
+    def shadow(self, wall_ms: int) -> Run:
+        """The same once more, for a second lease; `record` tells of it in the list of this one."""
+        return replace(
+            self,
+            job=f"{self.demand.id}+1",
+            queued_ms=self.moment(wall_ms),
+            ready=asyncio.get_running_loop().create_future(),
+            tally=self._new_tally(),
+            lease=None,
+        )
+
+    def swap(self, shadow: Run) -> None:
+        """Go on with the other lease, of which nothing has been read yet, and leave it this one."""
+        for name in _OF_A_LEASE:
+            mine = getattr(self, name)
+            setattr(self, name, getattr(shadow, name))
+            setattr(shadow, name, mine)
+
+    def _new_tally(self) -> Tally:
         demand, said_bytes = self.demand, len(self.said.text.encode()) if self.before else 0
         prompt_tokens = demand.prompt_tokens + self.before
-        self.tally = Tally(prompt_tokens, demand.prompt_bytes + said_bytes)
+        return Tally(prompt_tokens, demand.prompt_bytes + said_bytes)
 
     def wanted(self, kind: EngineKind) -> Demand:
         """What is asked of an engine of this kind: the answer, or the rest of it.
@@ -139,6 +178,33 @@ class Run:
     def left_s(self, now: float) -> float:
         """Seconds until its deadline, which is for its first token."""
         return inf if self.before else self.demand.left_s(now)
+
+    def over(self, now: float) -> AnswerTimeout | None:
+        """What it fails of once its time for a whole answer is over."""
+        if now < self.over_at - _CLOCKS_S:
+            return None
+        return AnswerTimeout(f"The whole answer took longer than {self.timeouts.answer_s:g} s.")
+
+    def too_slow(self, now: float) -> AnserError:
+        """What it fails of in mid-answer, when its time or its engine's is over."""
+        return self.over(now) or TokenGapTimeout("The engine went silent in mid-answer.")
+
+    def is_too_long(self, tokens: int) -> bool:
+        """Whether its engine has gone past the longest answer asked for."""
+        if tokens <= self.demand.output_tokens_max + _OVERRUN_SLACK:
+            return False
+        self.blame = EngineBroken("The engine went past the longest answer asked for.")
+        return True
+
+    def is_whole(self, ending: Ending, error: AnserError) -> bool:
+        """Whether it has broken off when nothing of the answer was missing but the usage."""
+        full = self.delivered >= self.demand.output_tokens_max
+        if not ending.finished and full and self.said.last is not None:
+            self.tally.cut(self.delivered - self.before)
+            ending.cut(self.said.last)
+        if ending.finished and isinstance(error, EngineError):
+            self.blame = error
+        return ending.finished
 
     def settled(self) -> Usage:
         """What its lease has come to; what was said before it is no part of the prompt."""
@@ -185,7 +251,8 @@ class Run:
 
     def waits_s(self, now: float, *, starting: bool) -> float:
         """Seconds until it is to be asked again whether it waits on; 0.0 or less: no longer."""
-        return min(self.patience.left_s(now, starting=starting), self.left_s(now))
+        patience_s = self.patience.left_s(now, starting=starting)
+        return min(patience_s, self.left_s(now), self.over_at - now)
 
     def taken(self) -> Lease:
         """The lease that `ready` has. Raises what it was refused for."""
@@ -194,6 +261,8 @@ class Run:
 
     def out_of_patience(self, now: float, retry_after_s: float) -> AnserError:
         """What it fails of when it has waited too long."""
+        if (over := self.over(now)) is not None:
+            return over
         if self.left_s(now) <= 0:
             message = "No slot became free by the request's deadline."
             return DeadlineUnreachable(message, retry_after_s=retry_after_s)
@@ -229,9 +298,14 @@ class Run:
 
     def close_lease(self, error: str | None, *, tokens: int, wall_ms: int) -> None:
         """The lease, if there is one, has ended after so many tokens."""
-        if self.lease is None:
-            return
-        record = LeaseRecord(
+        if self.lease is not None:
+            self.leases.append(self.record(error, tokens=tokens, wall_ms=wall_ms))
+            self.lease = None
+
+    def record(self, error: str | None, *, tokens: int, wall_ms: int) -> LeaseRecord:
+        """The lease as the receipt keeps it, when it ends now after so many tokens."""
+        assert self.lease is not None
+        return LeaseRecord(
             lease=self.lease.id,
             node=self.lease.node,
             started_ms=self.lease_started_ms,
@@ -239,8 +313,6 @@ class Run:
             completion_tokens=tokens,
             error=error,
         )
-        self.leases.append(record)
-        self.lease = None
 
     def receipt(self, outcome: Outcome, error: AnserError | None, *, wall_ms: int) -> Receipt:
         """What is left of it when it has ended."""

@@ -44,6 +44,7 @@ class Stats:
     tokens: Counter[str] = field(default_factory=Counter[str])
     retries: int = 0
     continued: int = 0  # answers that another node went on with
+    hedged: int = 0  # requests that had a second lease, for their first one was slow
     first_token_s: Histogram = field(default_factory=lambda: Histogram(_FIRST_TOKEN_S))
     queue_s: Histogram = field(default_factory=lambda: Histogram(_FIRST_TOKEN_S))
     duration_s: Histogram = field(default_factory=lambda: Histogram(_DURATION_S))

@@ -26,6 +26,7 @@ class Step:
     lease: Lease
     waited_s: float
     why: Why
+    hedge: bool = False  # it is the second of two at once
     error: str | None = None
     delivered_tokens: int = 0  # before that
 
@@ -52,13 +53,24 @@ class Trail:
         """It was given a slot."""
         before_s = self.waited_before_s
         self._stop_waiting(now)
-        self.steps.append(Step(lease=lease, waited_s=self.waited_before_s - before_s, why=why))
+        hedge = lease.request != self.request.id and lease.attempt == 1
+        waited_s = self.waited_before_s - before_s
+        self.steps.append(Step(lease=lease, waited_s=waited_s, why=why, hedge=hedge))
 
-    def waits_again(self, error: str, now: float, *, delivered_tokens: int = 0) -> None:
-        """Its node has failed, after so many tokens that have reached the client."""
-        step = self.steps[-1]
-        step.error, step.delivered_tokens = error, delivered_tokens
+    def waits_again(self, lease: str, error: str, now: float, *, delivered_tokens: int = 0) -> None:
+        """The node of this lease has failed, after so many tokens that have reached the client."""
+        self.lost(lease, error, delivered_tokens=delivered_tokens)
         self.waits_since = now
+
+    def lost(self, lease: str, error: str, *, delivered_tokens: int = 0) -> None:
+        """This lease has ended too early; it may have another one."""
+        for step in self.steps:
+            if step.lease.id == lease:
+                step.error, step.delivered_tokens = error, delivered_tokens
+
+    def withdraw(self, lease: str) -> None:
+        """This lease was given back before anything came of it."""
+        self.steps = [step for step in self.steps if step.lease.id != lease]
 
     def end(self, code: str, now: float, *, retry_after_s: float | None = None) -> None:
         """It gets no slot any more; told once, the first reason counts."""

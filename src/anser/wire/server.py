@@ -23,17 +23,11 @@ from __future__ import annotations
 
 import asyncio
 import re
-import secrets
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, cast
 
 import httptools
-import msgspec
-from uvicorn.protocols.http.httptools_impl import (
-    STATUS_LINE,
-    HttpToolsProtocol,
-    RequestResponseCycle,
-)
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from anser.core import limits
 from anser.core.errors import (
@@ -48,6 +42,7 @@ from anser.wire.cors import Cors
 from anser.wire.framing import Body, LengthBody, body_of, check_head_bytes, check_headers
 from anser.wire.proxies import Proxies
 from anser.wire.proxy_header import Address
+from anser.wire.refusal import refusal_of
 from anser.wire.timer import Timer
 from anser.wire.turn import FastLane, Turn, lines_of
 
@@ -463,7 +458,7 @@ class GuardedProtocol(HttpToolsProtocol):
         if (cycle is not None and cycle.response_started) or (turn is not None and turn.started):
             self.transport.abort()
             return
-        self.transport.write(_refusal(error, self._common))
+        self.transport.write(refusal_of(error, self._common))
         self.flow.resume_reading()
         if linger and self.transport.can_write_eof():
             self.transport.write_eof()
@@ -483,22 +478,3 @@ class _OldCycle(RequestResponseCycle):
         self.chunked_encoding = False
         self.expected_content_length = len(message.get("body", b""))  # read before another sends
         await super().send(message)
-
-
-def _refusal(error: AnserError, default_headers: list[tuple[bytes, bytes]]) -> bytes:
-    """The whole answer, in OpenAI's envelope."""
-    envelope = {
-        "message": error.message,
-        "type": error.kind,
-        "param": error.param,
-        "code": error.code,
-    }
-    body = msgspec.json.encode({"error": envelope})
-    headers = [
-        *default_headers,
-        (b"content-type", b"application/json"),
-        (b"content-length", str(len(body)).encode()),
-        (b"x-request-id", f"req_{secrets.token_hex(12)}".encode()),
-        (b"connection", b"close"),
-    ]
-    return STATUS_LINE[error.status] + lines_of(headers) + b"\r\n" + body
