@@ -126,6 +126,7 @@ class Doors:
         for door in self.admin:
             door.change(guard)
         services.members.anonymous = is_open(config)
+        services.members.take_up_limits()
         services.contribution.public_share = config.members.public_share
         services.gateway.scheduler.queued_max = config.gateway.queued_max
 

@@ -128,6 +128,22 @@ async def test_how_requests_are_handled_changes(server: Server, file: Path) -> N
     assert running[0].whole
 
 
+async def test_what_members_may_have_changes(server: Server, file: Path) -> None:
+    """A limit of all members holds for the next request, also of one who has asked before."""
+    one = "[members]\nin_flight_max = 1\n"
+    async with gated(server, slots=2) as gate, crowd(server, 1) as running:
+        await running[0].begun()
+        await asyncio.to_thread(reread, server, file, one)
+        async with Stream.asked(server) as refused:
+            assert (await refused.error())["code"] == "rate_limit_exceeded"
+        await asyncio.to_thread(reread, server, file, "")
+        gate.opened.set()
+        async with Stream.asked(server) as welcome:
+            await welcome.rest()
+        await running[0].rest()
+    assert welcome.whole
+
+
 async def test_an_engine_is_given_less_time(server: Server, file: Path) -> None:
     """The wait for a next token, and whether another node may go on, are read at each turn."""
     text = "[gateway]\ntoken_gap_timeout_s = 0.3\ncontinue_answers = false\n"
@@ -135,7 +151,7 @@ async def test_an_engine_is_given_less_time(server: Server, file: Path) -> None:
     async with gated(server, slots=1), Stream.asked(server) as stream:
         for _ in range(2):
             assert "error" not in str(await stream.event())
-        assert "engine_stalled" in str(await stream.event())
+        assert "token_gap_timeout" in str(await stream.event())
 
 
 async def test_the_first_token_is_given_less_time(server: Server, file: Path) -> None:
@@ -146,7 +162,7 @@ async def test_the_first_token_is_given_less_time(server: Server, file: Path) ->
 
     await asyncio.to_thread(reread, server, file, "[gateway]\nfirst_token_timeout_s = 0.3\n")
     async with listed(server, mute), Stream.asked(server) as stream:
-        assert (await stream.error())["code"] == "engine_stalled"
+        assert (await stream.error())["code"] == "first_token_timeout"
 
 
 def test_what_cannot_change_is_named(server: Server, file: Path) -> None:

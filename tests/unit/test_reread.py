@@ -74,6 +74,7 @@ def _other(path: str, default: object, choices: tuple[str, ...]) -> object:
         "engine.model": "x.gguf",
         "engine.mirrors": ("https://mirror.example",),
         "members.public_share": 0.5,
+        "gateway.model_timeouts": ("big gap=9",),
         "data_dir": "/other",
     }
     if path in known:

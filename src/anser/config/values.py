@@ -138,15 +138,20 @@ class MemberSettings:
         "Requests per member, waiting and running, unless its own limit is set.",
         low=1,
         high=1_000_000,
+        live=True,
     )
     queued_max: int = _setting(
-        256, "Waiting requests per member, unless its own limit is set.", low=1, high=1_000_000
+        256,
+        "Waiting requests per member, unless its own limit is set.",
+        low=1,
+        high=1_000_000,
+        live=True,
     )
     tokens_per_minute: int = _setting(
-        0, "Tokens per minute per member; 0 is no limit.", low=0, high=_MANY
+        0, "Tokens per minute per member; 0 is no limit.", low=0, high=_MANY, live=True
     )
     tokens_per_day: int = _setting(
-        0, "Tokens per day per member; 0 is no limit.", low=0, high=_MANY
+        0, "Tokens per day per member; 0 is no limit.", low=0, high=_MANY, live=True
     )
 
 

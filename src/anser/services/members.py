@@ -239,6 +239,12 @@ class Members:
         self._tell(changed)
         return changed
 
+    def take_up_limits(self) -> None:
+        """The settings' limits have changed; what requests have used and hold stays counted."""
+        now = self.clock.now()
+        for (member, leaf), account in self._accounts.items():
+            account.allowance.change(self._limits(member, leaf=leaf), now)
+
     def keys(self, member: str | None = None) -> list[Key]:
         """The keys of one member, or all, the oldest first."""
         found = (key for key in self._keys.values() if member in (None, key.member))
