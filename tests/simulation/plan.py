@@ -142,7 +142,7 @@ def draw_plan(seed: int) -> Plan:
     if rules is STRICT:  # the oracle knows no more
         clients = [replace(one, cached=False, batch=False, deadline_s=None) for one in clients]
     continues = random.Random(f"{seed} seam").random() < _CONTINUING
-    lasts_s = random.Random(f"{seed} answer").choice((0.7, 4.0, *[3_600.0] * 6))
+    lasts_s = random.Random(f"{seed} duration").choice((0.7, 4.0, *[3_600.0] * 6))
     hedges = random.Random(f"{seed} hedge").random() < _HEDGING
     settings = replace(
         plan.settings, continue_answers=continues, answer_timeout_s=lasts_s, hedge=hedges
