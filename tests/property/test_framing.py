@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
+
 import httptools
 from hypothesis import given
 from hypothesis import strategies as st
 
 from anser.core.errors import Malformed
-from anser.wire.framing import Body, ChunkedBody, LengthBody
+from anser.wire.framing import Body, ChunkedBody, LengthBody, check_head_bytes
 
 _PIECES = st.sampled_from(
     [b"0", b"1", b"a", b"F", b"\r\n", b"\r", b"\n", b";", b" ", b"x", b"5\r\nhello\r\n", b"00"]
@@ -79,3 +81,31 @@ def test_what_is_taken_for_whole_the_parser_takes_for_whole(data: bytes) -> None
     assert not ended
     parser.feed_data(data[max(taken - 1, 0) : taken])
     assert bool(ended) == complete
+
+
+@given(
+    st.lists(
+        st.sampled_from(
+            [b"\r\n", b"\r", b"\n", b" ", b"\t", b"ab", b":", b"\x00", b"\x7f", b"\xe9"]
+        ),
+        max_size=12,
+    ).map(b"".join),
+    st.integers(0, 20),
+)
+def test_what_is_unclean_is_seen_in_any_two_parts(data: bytes, cut: int) -> None:
+    """A head with control characters, bare line ends or folded lines is refused, whether it comes
+    at once or in two parts; none else is.
+    """
+    unclean = re.search(rb"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]|\r[^\n]|(?<!\r)\n|\n[ \t]", data)
+
+    def refused(*ends: int) -> bool:
+        start = 0
+        for end in ends:
+            try:
+                check_head_bytes(data, start, end)
+            except Malformed:
+                return True
+            start = end
+        return False
+
+    assert refused(len(data)) == refused(min(cut, len(data)), len(data)) == (unclean is not None)

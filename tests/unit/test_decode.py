@@ -96,6 +96,10 @@ def test_marks_are_refused_beyond_their_limit() -> None:
         (b'{"a": [{"x": 0}, {"y": 1, "y": {}}]}', "y"),
         (b'{"\\u0061": 1, "a": 2}', "a"),
         (b'{"a:{}": 1, "b": 2, "a:{}": 3}', "a:{}"),
+        (b'{"a" : 1, "b": 2, "b": 3}', "b"),
+        (b'{"a": 1, "a"\n:2}', "a"),
+        (b'{"a":1,"b":"\\":","a":2}', "a"),
+        (b'{"a":1,"\\"":2,"\\"":3}', '"'),
     ],
 )
 def test_a_key_that_is_there_twice_is_named(body: bytes, name: str) -> None:

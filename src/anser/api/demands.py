@@ -1,9 +1,12 @@
-"""From a body to demands: one for each answer, within bounds, with the engines' own fields only."""
+"""From a body to demands: one for each answer, within bounds, with the engines' own fields only.
+
+What passes here for each request is msgspec's, made in a tenth of a frozen dataclass's time.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from math import inf, nan
 
 import msgspec
@@ -46,8 +49,7 @@ _DEADLINE = "x-anser-deadline"
 _ROOM_MIN = 16  # a default maximum is never made smaller than this
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Asker:
+class Asker(msgspec.Struct, frozen=True, kw_only=True):
     """Who asks, of what platform, under which request identifier."""
 
     services: Services
@@ -66,8 +68,7 @@ class Asker:
         return self.services.config.gateway.cache_sharing == "platform"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Asked:
+class Asked(msgspec.Struct, frozen=True, kw_only=True):
     """What a caller wants; `answers_per_prompt` consecutive demands share one prompt."""
 
     demands: tuple[Demand, ...]
@@ -77,8 +78,7 @@ class Asked:
     text_logprobs: bool
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Prompt:
+class _Prompt(msgspec.Struct, frozen=True, kw_only=True):
     """One prompt in an engine's body, and the number of characters a tokenizer will see.
 
     What is the same in all turns of a conversation comes first, so that the text of each turn
@@ -118,7 +118,8 @@ def ask_chat(asker: Asker, body: dict[str, object]) -> Asked:
     )
     setting = asker.services.config.gateway.completion_tokens_default
     batch = fields.service_tier == "flex"
-    job = _Job(asker, Route.CHAT, fields, _chat_maximum(fields), setting, batch=batch)
+    maximum = _chat_maximum(fields)
+    job = _Job(asker, Route.CHAT, fields, list(body), maximum, setting, batch=batch)
     return job.asked((prompt,), CHAT_FORWARDED)
 
 
@@ -131,7 +132,8 @@ def ask_completion(asker: Asker, body: dict[str, object]) -> Asked:
         message = f"One request makes at most {PROMPTS_MAX} answers, `n` of each prompt."
         raise InvalidField(message, param="prompt")
     prompts = tuple(_Prompt(body={"prompt": text}, chars=len(text)) for text in texts)
-    job = _Job(asker, Route.COMPLETIONS, fields, fields.max_tokens, _COMPLETION_TOKENS_DEFAULT)
+    maximum, default = fields.max_tokens, _COMPLETION_TOKENS_DEFAULT
+    job = _Job(asker, Route.COMPLETIONS, fields, list(body), maximum, default)
     return job.asked(prompts, COMPLETION_FORWARDED)
 
 
@@ -149,13 +151,13 @@ def plain_texts(value: str | list[str | int | list[int]], *, param: str) -> tupl
     return tuple(texts)
 
 
-@dataclass(frozen=True, slots=True)
-class _Job:
+class _Job(msgspec.Struct, frozen=True):
     """A checked body on its way to demands."""
 
     asker: Asker
     route: Route
     fields: Generation
+    given: list[str]  # the names in the caller's body
     maximum: int | None  # of tokens of each answer, if the caller names one
     default: int
     batch: bool = False
@@ -184,11 +186,14 @@ class _Job:
         total = len(prompts) * each
         for index, prompt in enumerate(prompts):
             first = self._demand(prompt, common, model)
+            if total == 1:
+                yield first
+                return
             for at in range(index * each, (index + 1) * each):
                 body = first.body
                 if self.fields.seed is not None:
                     body = {**body, "seed": _seed(self.fields.seed, at)}
-                yield replace(first, id=first.id if total == 1 else f"{first.id}-{at}", body=body)
+                yield replace(first, id=f"{first.id}-{at}", body=body)
 
     def _demand(self, prompt: _Prompt, common: dict[str, object], model: Served) -> Demand:
         """What all answers to one prompt have in common."""
@@ -225,15 +230,18 @@ class _Job:
     def _forward(self, forwarded: frozenset[str]) -> dict[str, object]:
         """The fields that reach an engine as they came."""
         found: dict[str, object] = {}
-        for name in forwarded:
-            value = getattr(self.fields, name)
-            if value is not None:
-                found[name] = value
+        for name in self.given:
+            if name in forwarded:
+                value = getattr(self.fields, name)
+                if value is not None:
+                    found[name] = value
         return found
 
     def _forward_extra(self, model: Served) -> dict[str, object]:
         """The fields beyond OpenAI's. Raises UnknownField for what not all engines read."""
         found = self._forward(EXTRA)
+        if not found:
+            return found
         for name in found.keys() - sampling_fields(model.kinds):
             del found[name]
             if name not in HINTS and not self.asker.drops_unknown:

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from secrets import token_hex
+from os import urandom
 
 from anser.api import sse
 from anser.api.auth import Doorkeeper
@@ -85,7 +85,7 @@ class _Visit:
     )
 
     def __init__(self, lane: InferenceLane, turn: Turn) -> None:
-        self.id = "req_" + token_hex(12)
+        self.id = "req_" + urandom(12).hex()
         self.turn = turn
         self.silent = False  # since the watch last looked
         self._lane = lane
@@ -108,21 +108,21 @@ class _Visit:
 
     def enter(self) -> None:
         """Find out who asks, and whether the body can be read."""
-        self.or_fail(self._enter)
+        self._or_fail(self._enter)
 
     def grew(self) -> None:
         """Count what has come of the body."""
-        self.or_fail(self._count)
+        self._or_fail(self._count)
 
     def ask(self) -> bool:
         """Start what the body asks for; False if that is more than one demand."""
-        return self.or_fail(self._start)
+        return self._or_fail(self._start)
 
     def left(self) -> None:
         """Nobody is there to answer."""
-        self._forget()
-        if self._flight is not None:
-            self._flight.leave()
+        flight = self._forget()
+        if flight is not None:
+            flight.leave()
 
     def pause(self) -> None:
         """The client does not read."""
@@ -138,9 +138,10 @@ class _Visit:
 
     def stop(self) -> None:
         """The platform's own end cuts the answer short."""
+        flight = self._flight
         self.fail(goodbye())
-        if self._flight is not None:
-            self._flight.leave()
+        if flight is not None:
+            flight.leave()
 
     def look(self) -> None:
         """Keep a silent stream alive, and see whether its client is still there."""
@@ -220,8 +221,7 @@ class _Visit:
         lines = self._named([*headers_of(error), *told])
         self.turn.reply(status_of(error), _JSON % len(body) + lines, body)
 
-    def or_fail(self, step: Callable[[], bool]) -> bool:
-        """Take a step of the request's way; where it fails, so does the request."""
+    def _or_fail(self, step: Callable[[], bool]) -> bool:
         try:
             return step()
         except AnserError as error:
@@ -233,11 +233,13 @@ class _Visit:
     def _named(self, headers: Headers) -> bytes:
         return lines_of([*headers, (b"x-request-id", self.id.encode())])
 
-    def _forget(self) -> None:
-        """The request is over: its body is held no longer."""
+    def _forget(self) -> Flight | None:
+        """The request is over: its body is held no longer, nor what was under way for it."""
         self._lane.bodies.held -= self._held
         self._held = 0
         self._lane.watch.discard(self)
+        flight, self._flight = self._flight, None
+        return flight
 
 
 class _Streamed:
@@ -264,15 +266,11 @@ class _Streamed:
 
     def ended(self) -> None:
         """Called by the flight."""
-        self._visit.or_fail(self._end)
-
-    def _end(self) -> bool:
         events = [sse.DONE]
         if self._include_usage:
             flight = self._visit.flight
             events.insert(0, sse.event(self._identity.usage_chunk(flight.node, flight.usage)))
         self._visit.close(*events)
-        return True
 
     def failed(self, error: AnserError) -> None:
         """Called by the flight."""
@@ -298,12 +296,8 @@ class _Whole:
 
     def ended(self) -> None:
         """Called by the flight."""
-        self._visit.or_fail(self._end)
-
-    def _end(self) -> bool:
         visit = self._visit
         visit.answer(self._identity.whole([self._choice], visit.flight.usage))
-        return True
 
     def failed(self, error: AnserError) -> None:
         """Called by the flight."""

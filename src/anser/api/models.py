@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass
 from difflib import get_close_matches
 
 import msgspec
@@ -29,8 +28,7 @@ _UNABLE = {
 }
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Served:
+class Served(msgspec.Struct, frozen=True, kw_only=True):
     """A model as a request meets it: the longest context that some node has, if all tell."""
 
     model: str

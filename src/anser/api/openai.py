@@ -71,8 +71,7 @@ def node_headers(node: str, limits: dict[str, str]) -> Headers:
     return [(name.encode(), value.encode("ascii", "replace")) for name, value in named.items()]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Identity:
+class Identity(msgspec.Struct, frozen=True, kw_only=True):
     """What every object of an answer says of it; `request` is its identifier, `created` Unix s."""
 
     dialect: Dialect

@@ -126,8 +126,8 @@ class GuardedProtocol(HttpToolsProtocol):
         self._refused = True
         self._stop_timers()
         self._unset_keepalive_if_required()
-        self._leave_turn()
         super().connection_lost(exc)
+        self._leave_turn()
 
     def data_received(self, data: bytes) -> None:
         """Called by the event loop."""
@@ -162,6 +162,8 @@ class GuardedProtocol(HttpToolsProtocol):
                 pass
         except AnserError as error:
             self._refuse(error)
+        if self._body is not None and not self._body_timer.running and not self._refused:
+            self._time_body(self.settings.body_timeout_s)
         if self._turn is not None and not self._turn.asked:
             self._attend(self._turn)
         waits = self._busy or self.flow.write_paused
@@ -191,11 +193,10 @@ class GuardedProtocol(HttpToolsProtocol):
         self._searched = 0
         self._head_timer.stop()
         self._head_seen = self._message_seen = False
-        self._parse(_UPGRADE.sub(b"", self._take(size)))
+        head = self._take(size)
+        self._parse(_UPGRADE.sub(b"", head) if b"\nupgrade:" in head.lower() else head)
         if not self._head_seen or (self._body is None) != self._message_seen:
             raise Malformed("The end of the head is not clear.")
-        if self._body is not None:
-            self._time_body(self.settings.body_timeout_s)
         return True
 
     def _take_body(self, body: Body) -> None:
@@ -250,7 +251,7 @@ class GuardedProtocol(HttpToolsProtocol):
             return False
         if method != b"POST" or body.left > lane.body_bytes_max:
             return False
-        return all(name not in _UNUSUAL for name, _ in self.headers)
+        return _UNUSUAL.isdisjoint(dict(self.headers))
 
     def _begin_turn(self, *, keep_alive: bool) -> None:
         self._common = self.server_state.default_headers
@@ -313,14 +314,17 @@ class GuardedProtocol(HttpToolsProtocol):
 
     def _attend(self, turn: Turn) -> None:
         """Let the lane know how far its request has come."""
-        if turn.visit is None:
+        visit = turn.visit
+        if visit is None:
             assert self.lane is not None
-            turn.visit = self.lane.meet(turn)
+            visit = self.lane.meet(turn)
+            if not turn.over:
+                turn.visit = visit
         if not turn.over:
-            turn.visit.grew()
+            visit.grew()
         if not turn.over and self._body is None:
             turn.asked = True
-            if not turn.visit.ask():
+            if not visit.ask():
                 self._hand_over(turn)
 
     def _hand_over(self, turn: Turn) -> None:
@@ -351,7 +355,9 @@ class GuardedProtocol(HttpToolsProtocol):
     def turn_over(self) -> None:
         """Called by a turn: its answer is out. Others have their turn before this client's next."""
         turn, self._turn = self._turn, None
-        if turn is not None and not turn.keep_alive:
+        assert turn is not None, self
+        turn.visit = None  # which knows the turn
+        if not turn.keep_alive:
             self.transport.close()
         if self._inbox:
             self.loop.call_soon(self._next)

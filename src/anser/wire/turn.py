@@ -204,8 +204,9 @@ class Turn:
     def leave(self) -> None:
         """The client has left, or is cut off."""
         self.over = True
-        if self.visit is not None:
-            self.visit.left()
+        visit, self.visit = self.visit, None
+        if visit is not None:
+            visit.left()
 
     def _head(self, status: int, lines: bytes) -> bytes:
         assert not self.started, self
