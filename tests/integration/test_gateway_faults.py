@@ -11,12 +11,12 @@ from collections.abc import Awaitable, Callable
 import pytest
 
 from anser.config import GatewaySettings
-from anser.core.errors import EngineStalled
+from anser.core.errors import EngineRefused, EngineStalled
 from anser.core.health import NodeState
 from anser.core.ledger import Outcome
 from anser.services.chunks import Piece
 from anser.services.gateway import Demand
-from tests.hostile import SSE_HEAD, Talk, delta, event, stream
+from tests.hostile import SSE_HEAD, Talk, answer, delta, event, stream
 from tests.integration.test_gateway_upstream import DONE, pool_over, read
 from tests.integration.test_upstream_faults import FLOODS, HARDLY_HTTP
 from tests.pool import Pool, demand
@@ -72,6 +72,22 @@ async def test_a_node_that_has_gone_is_replaced_and_marked() -> None:
     async with pool_over(WELL, WELL, settings=settings) as (pool, hostiles):
         await hostiles[0].__aexit__(None, None, None)
         await well_until_marked(pool)
+
+
+@pytest.mark.parametrize("status", [400, 413, 422])
+async def test_a_requests_own_fault_marks_no_node(status: int) -> None:
+    """What an engine finds wrong with a request is told at once, and no other node is tried."""
+    bad = answer(b'{"error": {"message": "No"}}', status=f"{status} Bad")
+    async with pool_over(bad, bad) as (pool, _):
+        for number in range(12):
+            with pytest.raises(EngineRefused, match="No") as caught:
+                async with pool.gateway.answer(demand(str(number))):
+                    pass
+            assert caught.value.status == status
+        states = {pool.fleet.status(name).state for name in ("n0", "n1")}
+        receipts = await pool.receipts()
+    assert states == {NodeState.UP}
+    assert all(len(receipt.leases) == 1 for receipt in receipts)
 
 
 # What is hardly HTTP, and floods
