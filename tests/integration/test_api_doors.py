@@ -103,7 +103,7 @@ def test_guessing_keys_is_slowed(tmp_path_factory: pytest.TempPathFactory) -> No
         assert status(made) == status(server.key) == 200
 
 
-# What is another's (19)
+# What is another's
 
 
 async def test_what_is_anothers_is_answered_like_what_does_not_exist(server: Server) -> None:

@@ -67,7 +67,7 @@ async def test_thousands_that_trickle_leave_others_unharmed(tmp_path: Path) -> N
             longest = max(longest, await answered(server))
         assert {answer[:13] for answer in said} <= {b"HTTP/1.1 408 ", b""}
         assert said.count(b"") < 100
-        assert longest < HEAD_TIMEOUT_S / 4
+        assert longest < HEAD_TIMEOUT_S / 2
         await asyncio.to_thread(
             wait_until, lambda: open_files(server.process.pid) < before + 50, within_s=WAIT_S
         )
