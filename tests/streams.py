@@ -58,7 +58,7 @@ class Stream:
     async def asked(
         cls, server: Server, *, key: str | None = None, **fields: Any
     ) -> AsyncGenerator[Stream]:
-        """Connect and ask, with the server's key or another ("" is none); hang up at the end."""
+        """As `ask`; hang up at the end."""
         stream = await cls.ask(server, key=key, **fields)
         try:
             yield stream
@@ -66,10 +66,17 @@ class Stream:
             await stream.leave()
 
     @classmethod
-    async def ask(cls, server: Server, *, key: str | None = None, **fields: Any) -> Stream:
-        """Connect and ask for a streamed answer."""
+    async def ask(
+        cls, server: Server, *, key: str | None = None, source: str | None = None, **fields: Any
+    ) -> Stream:
+        """Connect, from the address `source`, and ask for a streamed answer, with the server's key
+        or another ("" is none).
+        """
+        local = None if source is None else (source, 0)
         async with asyncio.timeout(WAIT_S):
-            reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
+            reader, writer = await asyncio.open_connection(
+                "127.0.0.1", server.port, local_addr=local
+            )
         body = json.dumps({**HELLO, "stream": True, **fields}).encode()
         lines = [f"POST {CHAT} HTTP/1.1", "Host: 127.0.0.1", f"Content-Length: {len(body)}"]
         lines += ["Content-Type: application/json"]

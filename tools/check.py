@@ -32,7 +32,10 @@ NO_MAIN = (
     f"Python as well: ./test tests/unit"
 )
 
-QUICK = ("unit", "property", "stories", "contract", "simulation", "test_tidy.py", "test_docs.py")
+QUICK = (
+    *("unit", "property", "fuzz", "stories", "contract", "simulation"),
+    *("test_tidy.py", "test_docs.py"),
+)
 QUICK_MARKS = "not slow and not browser and not engine"
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")

@@ -12,7 +12,7 @@ import httpx
 import pytest
 
 from anser.api.exchange import KEEP_ALIVE_S
-from tests.hostile import SSE_HEAD, Talk, answer, delta, event, stream
+from tests.hostile import SSE_HEAD, Talk, answer, chunked, delta, event, stream
 from tests.outside import CHAT, HELLO, listed
 from tests.server import Server, serving, wait_until
 
@@ -134,6 +134,32 @@ async def test_an_answer_has_one_name_whatever_its_engine_calls_it(
         kept = (await http.get(f"/v1/receipts/{answer_id}")).json()
         assert kept["receipt"]["model"] == "foo"
     assert several[-1] == "data: [DONE]"
+
+
+async def test_nothing_in_an_answer_can_end_or_forge_an_event(
+    server: Server, http: httpx.AsyncClient
+) -> None:
+    """Framing in a text, and lines and fields around it, reach a client as text or not at all."""
+    text = 'a\n\ndata: [DONE]\n\ndata: {"error": {}}\r\revent: x\r\n: c\u2028\x00'
+    forged = b'{"choices":[{"index":0,\ndata: "delta":{"content":"b"}}]}'
+
+    async def play(talk: Talk) -> None:
+        await talk.say(SSE_HEAD, delta(text), chunked(b"event: error\rid: 7\r\n: data: no\n\n"))
+        await talk.say(event(forged), delta(finish="stop"), delta(usage=2))
+        await talk.say(event(b"[DONE]"), delta("after"), b"0\r\n\r\n")
+
+    async with listed(server, play):
+        async with streaming(http) as response:
+            raw = await response.aread()
+        whole = (await http.post(CHAT, json=HELLO)).json()
+    events = raw.decode().removesuffix("\n\n").split("\n\n")
+    assert all(each.startswith("data: ") and each.count("\n") == 0 for each in events)
+    assert b"\r" not in raw
+    *chunks, done = (each.removeprefix("data: ") for each in events)
+    assert done == "[DONE]"
+    deltas = [json.loads(chunk)["choices"][0]["delta"] for chunk in chunks]
+    assert "".join(each.get("content") or "" for each in deltas) == text + "b"
+    assert whole["choices"][0]["message"]["content"] == text + "b"
 
 
 async def test_usage_is_the_platforms_own_count(server: Server, http: httpx.AsyncClient) -> None:

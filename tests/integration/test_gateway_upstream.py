@@ -12,7 +12,7 @@ import pytest
 from anser.adapters.engine_http import HttpEngine
 from anser.adapters.engine_llamacpp import LlamaCppEngine
 from anser.config import EngineSettings, GatewaySettings
-from anser.core.errors import EngineBroken, EngineDeclined, NoNode, SourceError
+from anser.core.errors import EngineBroken, EngineDeclined, EngineStalled, NoNode, SourceError
 from anser.core.fleet import Node
 from anser.core.health import NodeState
 from anser.core.ledger import Outcome
@@ -22,20 +22,20 @@ from tests.pool import Pool, demand, open_pool
 
 pytestmark = pytest.mark.anyio
 
-MODELS = json.dumps({"object": "list", "data": [{"id": "memory", "object": "model"}]}).encode()
+MODELS = json.dumps({"data": [{"id": "memory", "owned_by": "vllm"}]}).encode()
 DONE = event(b"[DONE]") + b"0\r\n\r\n"
 
 
 @asynccontextmanager
 async def pool_over(
-    *scripts: bytes | None, settings: GatewaySettings | None = None
+    *scripts: bytes | Script | None, settings: GatewaySettings | None = None, slots: int = 4
 ) -> AsyncGenerator[tuple[Pool, list[Hostile]]]:
-    """A pool of listed nodes; each answers chats with its bytes, `None` with words for ever."""
+    """A pool of listed nodes; each answers chats as scripted, `None` with words for ever."""
     hostiles = [Hostile(_script(each)) for each in scripts]
     for hostile in hostiles:
         await hostile.__aenter__()
     nodes = {
-        f"n{number}": Node(id=f"n{number}", url=hostile.url, model="memory", slots=4 - number)
+        f"n{number}": Node(id=f"n{number}", url=hostile.url, model="memory", slots=slots - number)
         for number, hostile in enumerate(hostiles)
     }
     engines = {name: HttpEngine(node) for name, node in nodes.items()}
@@ -50,16 +50,18 @@ async def pool_over(
             await hostile.__aexit__(None, None, None)
 
 
-def _script(chat: bytes | None) -> Script:
+def _script(chat: bytes | Script | None) -> Script:
     async def script(talk: Talk) -> None:
         while True:
             seen = await talk.request()
             if seen.method == "GET":
                 known = seen.path.endswith("/models")
                 await talk.say(answer(MODELS) if known else answer(b"", status="404 Not Found"))
-            elif chat is not None:
+            elif isinstance(chat, bytes):
                 await talk.say(chat)
                 return
+            elif chat is not None:
+                await chat(talk)
             else:
                 await talk.say(SSE_HEAD)
                 while True:
@@ -74,7 +76,7 @@ async def read(pool: Pool, name: str = "r") -> tuple[list[Piece], Exception | No
         async with pool.gateway.answer(demand(name)) as reply:
             async for piece in reply:
                 pieces += [piece]
-    except EngineBroken as error:
+    except (EngineBroken, EngineStalled) as error:
         return pieces, error
     return pieces, None
 

@@ -40,6 +40,15 @@ def test_wrong_keys_are_counted_by_the_client_that_the_proxy_names(server: Serve
     assert status(server, x_api_key="hf_more") == 401
 
 
+def test_a_network_has_all_its_ipv6_addresses(server: Server) -> None:
+    """Whoever has an IPv6 network has 2^64 addresses: guesses from all of them count as one's."""
+    for number in range(FAILURES_MAX):
+        forged = f"2001:db8:0:1:{number:x}::{number + 1:x}"
+        assert status(server, x_api_key=f"hf_{number}", x_forwarded_for=forged) == 401
+    assert status(server, x_api_key="hf_more", x_forwarded_for="2001:db8:0:1::ffff") == 429
+    assert status(server, x_api_key="hf_more", x_forwarded_for="2001:db8:0:2::1") == 401
+
+
 def test_no_header_makes_a_request_local_or_a_page_strange(server: Server) -> None:
     """Metrics stay closed to what is forwarded, and a rebound page cannot pass for a stranger."""
     assert status(server, "/metrics") == 404

@@ -39,6 +39,13 @@ async def test_the_requests_own_fault_is_passed_through(status: int) -> None:
     assert error.message == "This model's maximum context length is 8 tokens."
 
 
+async def test_an_engine_cannot_show_its_key_as_a_fields_name() -> None:
+    """Neither an error's words nor the field that it names tell the node's key."""
+    body = error_body(f"{KEY} is no field", param=f"messages[{KEY}]")
+    error = await fault(answer(body, status="400 Bad"))
+    assert (error.message, error.param) == ("[key] is no field", "messages[[key]]")
+
+
 @pytest.mark.parametrize("status", [401, 402, 403, 404, 405, 407, 408, 426])
 async def test_the_nodes_own_4xx_is_never_the_requests(status: int) -> None:
     """A refused key or a lost model is the node's condition: another node is tried."""

@@ -153,38 +153,42 @@ async def test_a_connect_that_takes_too_long_is_unreachable() -> None:
 # 23: what is hardly HTTP
 
 
-@pytest.mark.parametrize(
-    "parts",
-    [
-        pytest.param([b"<html>HTTP/0.9 says hello</html>\n"], id="HTTP/0.9"),
-        pytest.param([b"HTTP/2.0 200 OK\r\nContent-Length: 0\r\n\r\n"], id="HTTP/2"),
-        pytest.param([b"HTTP/1.1 999 OK\r\nContent-Length: 0\r\n\r\n"], id="status 999"),
-        pytest.param([b"HTTP/1.1 099 OK\r\nContent-Length: 0\r\n\r\n"], id="status 99"),
-        pytest.param([b"HTTP/1.1 101 Switching\r\nUpgrade: x\r\n\r\n"], id="status 101"),
-        pytest.param([b"HTTP/1.1 100 Continue\r\n\r\n"] * 1_000, id="1xx storm"),
-        pytest.param([b"HTTP/1.1 200 OK\r\n", *[b"X-Y: z\r\n"] * 20_000], id="endless head"),
-        pytest.param([b"HTTP/1.1 200 OK\r\nX: ", *[b"a" * 65_536] * 50], id="endless header"),
-        pytest.param(
-            [b"HTTP/1.1 200 OK\r\nX: " + b"a" * ENGINE_HEAD_BYTES_MAX + b"\r\n\r\n"], id="big head"
-        ),
-        pytest.param(
-            [b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n"],
-            id="length and chunks",
-        ),
-        pytest.param(
-            [b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\nContent-Length: 6\r\n\r\n"],
-            id="two lengths",
-        ),
-        pytest.param([b"HTTP/1.1 200 OK\r\nTransfer-Encoding: gzip\r\n\r\nx"], id="gzip coding"),
-        pytest.param([b"HTTP/1.1 200 OK\r\nContent-Length: -5\r\n\r\n"], id="negative length"),
-        pytest.param([b"HTTP/1.1 200 OK\r\nA: b\r\n c\r\n\r\n"], id="obs-fold"),
-        pytest.param([b"HTTP/1.1 200 OK\r\nA: b\x00c\r\n\r\n"], id="NUL in a header"),
-        pytest.param([SSE_HEAD, b"ffffffffffffffffff\r\n"], id="chunk size of 2^72"),
-        pytest.param([SSE_HEAD, b"zz\r\n"], id="no chunk size"),
-        pytest.param([SSE_HEAD, b"5;", *[b"a" * 65_536] * 50], id="endless chunk extension"),
-        pytest.param([SSE_HEAD, b"0\r\n", *[b"T: a\r\n"] * 20_000], id="endless trailers"),
-    ],
-)
+HARDLY_HTTP = [
+    pytest.param([b"<html>HTTP/0.9 says hello</html>\n"], id="HTTP/0.9"),
+    pytest.param([b"HTTP/2.0 200 OK\r\nContent-Length: 0\r\n\r\n"], id="HTTP/2"),
+    pytest.param([b"HTTP/1.1 999 OK\r\nContent-Length: 0\r\n\r\n"], id="status 999"),
+    pytest.param([b"HTTP/1.1 099 OK\r\nContent-Length: 0\r\n\r\n"], id="status 99"),
+    pytest.param([b"HTTP/1.1 101 Switching\r\nUpgrade: x\r\n\r\n"], id="status 101"),
+    pytest.param([b"HTTP/1.1 100 Continue\r\n\r\n"] * 1_000, id="1xx storm"),
+    pytest.param(
+        [b"HTTP/1.1 103 Soon\r\nTransfer-Encoding: chunked\r\n\r\n", delta("a"), stream("b")],
+        id="1xx with a body",
+    ),
+    pytest.param([b"HTTP/1.1 200 OK\r\n", *[b"X-Y: z\r\n"] * 20_000], id="endless head"),
+    pytest.param([b"HTTP/1.1 200 OK\r\nX: ", *[b"a" * 65_536] * 50], id="endless header"),
+    pytest.param(
+        [b"HTTP/1.1 200 OK\r\nX: " + b"a" * ENGINE_HEAD_BYTES_MAX + b"\r\n\r\n"], id="big head"
+    ),
+    pytest.param(
+        [b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n"],
+        id="length and chunks",
+    ),
+    pytest.param(
+        [b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\nContent-Length: 6\r\n\r\n"],
+        id="two lengths",
+    ),
+    pytest.param([b"HTTP/1.1 200 OK\r\nTransfer-Encoding: gzip\r\n\r\nx"], id="gzip coding"),
+    pytest.param([b"HTTP/1.1 200 OK\r\nContent-Length: -5\r\n\r\n"], id="negative length"),
+    pytest.param([b"HTTP/1.1 200 OK\r\nA: b\r\n c\r\n\r\n"], id="obs-fold"),
+    pytest.param([b"HTTP/1.1 200 OK\r\nA: b\x00c\r\n\r\n"], id="NUL in a header"),
+    pytest.param([SSE_HEAD, b"ffffffffffffffffff\r\n"], id="chunk size of 2^72"),
+    pytest.param([SSE_HEAD, b"zz\r\n"], id="no chunk size"),
+    pytest.param([SSE_HEAD, b"5;", *[b"a" * 65_536] * 50], id="endless chunk extension"),
+    pytest.param([SSE_HEAD, b"0\r\n", *[b"T: a\r\n"] * 20_000], id="endless trailers"),
+]
+
+
+@pytest.mark.parametrize("parts", HARDLY_HTTP)
 async def test_what_is_hardly_http_is_cut_off(parts: list[bytes]) -> None:
     """A head that never ends, other protocols, unclear lengths: broken, in bounded memory."""
     assert isinstance(await fault(*parts), EngineBroken)
@@ -290,16 +294,16 @@ async def test_an_endless_stream_ends_when_it_is_left() -> None:
             await stopped.wait()
 
 
-@pytest.mark.parametrize(
-    "flood",
-    [
-        pytest.param(chunked(b"data: " + b"a" * 65_536), id="one endless line"),
-        pytest.param(chunked(b"data:\n\n" * 10_000), id="empty events"),
-        pytest.param(chunked(b": hi\n\n" * 10_000), id="comments"),
-        pytest.param(chunked(b"data: a\n" * 10_000), id="one endless event"),
-        pytest.param(chunked(b"event: x\nid: 1\n\n" * 10_000), id="events without data"),
-    ],
-)
+FLOODS = [
+    pytest.param(chunked(b"data: " + b"a" * 65_536), id="one endless line"),
+    pytest.param(chunked(b"data:\n\n" * 10_000), id="empty events"),
+    pytest.param(chunked(b": hi\n\n" * 10_000), id="comments"),
+    pytest.param(chunked(b"data: a\n" * 10_000), id="one endless event"),
+    pytest.param(chunked(b"event: x\nid: 1\n\n" * 10_000), id="events without data"),
+]
+
+
+@pytest.mark.parametrize("flood", FLOODS)
 async def test_floods_are_cut_off(flood: bytes) -> None:
     """What brings no chunk is bounded: the connection is cut, and little was kept."""
     sent = 0

@@ -76,7 +76,7 @@ def error_of_status(
         text = said or "The engine refused the request."
         param = words.param if isinstance(words.param, str) else None
         refusal = EngineRefused(
-            text, status=status, param=param and _clean(param)[:_PARAM_CHARS_MAX]
+            text, status=status, param=param and _shown(param, key)[:_PARAM_CHARS_MAX]
         )
         if words.code == ContextTooLong.code or _TOO_LONG.search(text):
             refusal.code = ContextTooLong.code  # what clients look for, to shorten the prompt

@@ -434,6 +434,8 @@ class Connection(asyncio.Protocol):
 
     def on_body(self, body: bytes) -> None:
         """Called by the parser."""
+        if self._head is None:
+            raise EngineBroken("The engine sent an interim answer with a body.")
         self._bodies.append(body)
 
     def on_message_complete(self) -> None:

@@ -444,7 +444,7 @@ class GuardedProtocol(HttpToolsProtocol):
     # Refusing
 
     def _refuse(self, error: AnserError, *, linger: bool = True) -> None:
-        """Say why, in the envelope, and close; an answer under way is cut off."""
+        """Say why, in the envelope, and close; who has been answered, if by half, is cut off."""
         self._refused = True
         self._stop_timers()
         self._unset_keepalive_if_required()
@@ -455,7 +455,9 @@ class GuardedProtocol(HttpToolsProtocol):
             cycle.disconnected = True
             cycle.message_event.set()
             self.flow.resume_writing()
-        if (cycle is not None and cycle.response_started) or (turn is not None and turn.started):
+        begun = cycle is not None and cycle.response_started
+        answered = self._body is not None and not self._busy  # before all of its body had come
+        if begun or answered or (turn is not None and turn.started):
             self.transport.abort()
             return
         self.transport.write(refusal_of(error, self._common))
