@@ -138,6 +138,10 @@ class Stream(Protocol):
         """
         ...
 
+    def hurry(self) -> None:
+        """After `abort`: wait no longer for an engine that is slow to stop; idempotent."""
+        ...
+
 
 class Starter(ABC):
     """An engine that tells of its chunks by itself, without a task for each answer."""

@@ -39,6 +39,7 @@ class Line(Stream):
     receiver: Receiver
     paused: bool = False
     aborted: bool = False
+    hurried: bool = False
     stopped: Callable[[], None] | None = None  # held back where the engine is slow to stop
     slow: bool = False
 
@@ -55,6 +56,10 @@ class Line(Stream):
             self.stopped = stopped
         else:
             stopped()
+
+    def hurry(self) -> None:
+        assert self.aborted
+        self.hurried = True
 
 
 class Caller(MemoryEngine, Starter):
@@ -275,19 +280,22 @@ async def test_a_bug_at_the_very_end_is_told() -> None:
         assert receipt.outcome is Outcome.FINISHED
 
 
-async def test_what_is_abandoned_waits_for_no_engine() -> None:
-    """The platform ends: the receipt is there at once, and the engine's stop changes nothing."""
+async def test_an_engine_that_is_slow_to_stop_is_hurried() -> None:
+    """Who can wait no longer cuts the engine's own end short; the slot is free only after that."""
     node = Caller(slow=True)
     async with open_pool({"a": node}) as pool:
         ear = Ear()
         flight = listen(pool, ear)
         [line] = node.lines
         say(line, chunk("a"))
-        flight.abandon()
-        flight.abandon()
-        assert (flight.over, pool.gateway.scheduler.running) == (True, 0)
+        flight.leave()
+        assert pool.gateway.scheduler.running == 1
+        assert flight.hurry()
+        assert line.hurried
         assert line.stopped is not None
         line.stopped()
+        assert (flight.over, pool.gateway.scheduler.running) == (True, 0)
+        assert not flight.hurry()
         [receipt] = await pool.receipts()
         assert receipt.outcome is Outcome.CANCELLED
 

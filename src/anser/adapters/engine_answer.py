@@ -113,6 +113,9 @@ class Answer:
         self._leave()
         stopped()
 
+    def hurry(self) -> None:
+        """To hang up takes no time."""
+
     # Told by the connection
 
     def head(self, head: Head) -> None:

@@ -110,11 +110,16 @@ class Answer:
             self.flight.leave()
         else:
             self.flight.spoil(error)
-        try:
-            await self.flight.gone()
-        except asyncio.CancelledError:
-            self.flight.abandon()  # nobody may wait any longer
-            raise
+        cut: asyncio.CancelledError | None = None
+        while not self.flight.over:
+            try:
+                await self.flight.gone()
+            except asyncio.CancelledError as cancelled:  # once more: the server ends
+                cut = cancelled
+                if not self.flight.hurry():
+                    break
+        if cut is not None:
+            raise cut
 
     def _check(self) -> None:
         if self._error is not None:

@@ -76,6 +76,7 @@ class Flight:
         "_reader",
         "_run",
         "_state",
+        "_stopping",
         "_stream",
         "_told",
         "lease",
@@ -93,6 +94,7 @@ class Flight:
         self._clock = crew.attempts.dispatch.clock
         self._state = _State.QUEUED
         self._stream: Stream | None = None
+        self._stopping: Stream | None = None  # told to stop, and not heard of since
         self._hedge: Hedge | None = None  # its second stream, until one of the two has a token
         self._opening: deque[tuple[Piece, int]] = deque()
         self._ending = Ending(run.demand.output_tokens_max)
@@ -168,11 +170,12 @@ class Flight:
         if self._state in _ENGINES_TURN:
             self._fail(error)
 
-    def abandon(self) -> None:
-        """Leave, and do not wait until the engine has stopped: the platform ends."""
+    def hurry(self) -> bool:
+        """Leave, and let the engine take no time to stop; returns whether it still has to."""
         self.leave()
-        if self._state is _State.STOPPING:
-            self._safely(self._cancel)
+        if self._stopping is not None:
+            self._stopping.hurry()
+        return self._stopping is not None
 
     async def gone(self) -> None:
         """Return when it has ended."""
@@ -395,11 +398,12 @@ class Flight:
         if stream is None:
             self._stopped(then)
         else:
+            self._stopping = stream
             stream.abort(lambda: self._stopped(then))
 
     def _stopped(self, then: Callable[[], None]) -> None:
-        if self._state is _State.STOPPING:  # else nobody could wait any longer
-            self._safely(self._cancel if self._left else then)
+        self._stopping = None
+        self._safely(self._cancel if self._left else then)
 
     def _cancel(self) -> None:
         """The client has left and the engine has stopped: free all, and leave the receipt."""
