@@ -14,7 +14,7 @@ import pytest
 from tests.hostile import Talk, stream
 from tests.outside import listed
 from tests.server import Server, serving, wait_until
-from tests.streams import WAIT_S, Peer, Stream, idlers, soon
+from tests.streams import WAIT_S, Peer, Stream, gated, idlers, soon
 from tests.vitals import needs_proc, open_files
 
 pytestmark = pytest.mark.anyio
@@ -128,3 +128,71 @@ def member_of(server: Server, name: str) -> str:
     server.admin("POST", "/members", {"id": name})
     key: str = server.admin("POST", "/keys", {"member": name})["key"]
     return key
+
+
+@needs_proc
+async def test_strangers_of_many_networks_have_one_share(tmp_path: Path) -> None:
+    """Clients without a key, from however many networks, share the only slot with a member who has
+    much waiting as one party does with another.
+    """
+    begun: asyncio.Queue[str] = asyncio.Queue()
+    go_on = asyncio.Semaphore(0)
+
+    async def play(talk: Talk) -> None:
+        (message,) = talk.seen[-1].json["messages"]  # type: ignore[misc]
+        await begun.put(message["content"])
+        await go_on.acquire()
+        await well(talk)
+
+    with serving(tmp_path / "data", "--no-engine") as server:
+        ada = member_of(server, "ada")
+
+        async def ask(name: str, key: str, source: str | None = None) -> None:
+            messages = [{"role": "user", "content": name}]
+            asked = await Stream.ask(server, key=key, source=source, messages=messages)
+            stack.push_async_callback(asked.leave)
+
+        async def queued(count: int) -> None:
+            await asyncio.to_thread(wait_until, lambda: server.pool()["queued"] == count)
+
+        async with listed(server, play, slots=1), AsyncExitStack() as stack:
+            await soon(ask("stranger", "", f"127.1.{number}.1") for number in range(100))
+            await queued(99)
+            await soon(ask("ada", ada) for _ in range(8))
+            await queued(107)
+            order: list[str] = []
+            async with asyncio.timeout(WAIT_S):
+                for _ in range(21):
+                    go_on.release()
+                    order.append(await begun.get())
+            assert order.count("ada") >= 7, order
+
+
+async def test_flex_is_shed_first(tmp_path: Path) -> None:
+    """At the platform's queue limit what waits as `flex` is refused before anything else."""
+    environment = {"ANSER_GATEWAY_QUEUED_MAX": "6"}
+    with serving(tmp_path / "data", "--no-engine", environment=environment) as server:
+        ben = member_of(server, "ben")
+
+        async def ask(**more: object) -> Stream:
+            asked = await Stream.ask(server, **more)  # type: ignore[arg-type]
+            stack.push_async_callback(asked.leave)
+            return asked
+
+        async def queued(count: int) -> None:
+            await asyncio.to_thread(wait_until, lambda: server.pool()["queued"] == count)
+
+        async with gated(server, slots=1), AsyncExitStack() as stack:
+            await (await ask()).begun()
+            flex = [await ask(key=ben, service_tier="flex") for _ in range(2)]
+            await queued(2)
+            usual = [await ask() for _ in range(4)]
+            await queued(6)
+            await ask()
+            waits = {asyncio.ensure_future(each.status()): each for each in [*flex, *usual]}
+            done, rest = await asyncio.wait(
+                waits, timeout=WAIT_S, return_when=asyncio.FIRST_COMPLETED
+            )
+            for wait in rest:
+                wait.cancel()
+            assert {waits[each] in flex for each in done} == {True}

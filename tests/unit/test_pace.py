@@ -108,3 +108,33 @@ def test_who_is_late_at_first_may_just_be_slow() -> None:
     pace = Pace()
     began(pace, 60.0)
     assert pace.window is None
+
+
+def test_an_engine_that_queues_short_prompts_inside_is_throttled() -> None:
+    """They say nothing of its reading, but what the best of them took explains no queue."""
+    pace = Pace()
+    began(pace, 9.0, tokens=10, running=8)
+    assert pace.window is None, "nothing was known"
+    pace.way_s = 0.5
+    began(pace, 1.9, tokens=10, running=8)
+    assert pace.window is None
+    began(pace, 9.0, tokens=10, running=9)
+    assert pace.slots(10_000) == 6
+
+
+def test_an_engine_that_is_slow_at_best_is_not_late() -> None:
+    """A machine that takes three seconds for any first token is given its time."""
+    pace = Pace()
+    for _ in range(10):
+        pace.judge(whole=10, took_s=3.0, running=4)
+        pace.began(tokens=10, ahead=0, took_s=3.0)
+    assert pace.window is None
+
+
+def test_the_best_way_is_forgotten_slowly() -> None:
+    """One lucky first token is no measure for ever."""
+    pace = Pace()
+    pace.began(tokens=10, ahead=0, took_s=0.1)
+    for _ in range(500):
+        pace.began(tokens=10, ahead=0, took_s=5.0)
+    assert pace.way_s == 5.0

@@ -14,7 +14,7 @@ there, wherever in the queue it stands. `fairness` owns the tree and its rules.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeAlias, TypeVar
 
@@ -320,9 +320,10 @@ class Leaf(Account[Queue]):
         """The request that has its turn first, of those that wait in one of `lanes`."""
         return _least(self.lanes, lanes)
 
-    def newest(self) -> Place:
-        """The request that has its turn last."""
-        places = [place for queue in self.lanes.values() for place in queue]
+    def newest(self, lanes: Collection[Lane]) -> Place:
+        """The request that has its turn last, of those in one of `lanes`, if any, else of all."""
+        queues = [self.lanes[lane] for lane in lanes if lane in self.lanes] or self.lanes.values()
+        places = [place for queue in queues for place in queue]
         return max(places, key=lambda place: place.key)
 
 

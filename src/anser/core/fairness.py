@@ -45,7 +45,7 @@ lane if and only if something waits in that lane at or below it.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 from anser.core.account import Branch, Leaf, Node, Place, Stand
@@ -240,16 +240,19 @@ class Shares:
             else:
                 yield from self._window(child, lanes, window, each)
 
-    def longest(self, leaf: Leaf) -> Leaf:
+    def longest(self, leaf: Leaf, lanes: Collection[Lane]) -> Leaf:
         """The leaf with most waiting, level by level, for its weight; between equals `leaf`.
 
-        Whose newest request goes from a queue that is too long (longest queue drop, after McKenney,
-        Stochastic Fairness Queueing, 1990).
+        Of those that wait in one of `lanes`, if there are any, else of all. Whose newest request
+        goes from a queue that is too long (longest queue drop, after McKenney, Stochastic Fairness
+        Queueing, 1990).
         """
         own = {account for account, _ in leaf.path}
         account: Node = self._root
         while isinstance(account, Branch):
-            children = account.children.values()
+            children: Collection[Node] = account.children.values()
+            if lanes:
+                children = [child for child in children if not child.lanes.keys().isdisjoint(lanes)]
             account = max(children, key=lambda child: (child.queued / child.weight, child in own))
         return account
 

@@ -13,7 +13,8 @@ order of ours holds. It shows: the first token takes far longer than the prompts
 explain. So a node is given a window of leases, as TCP is given one of segments (AIMD): each first
 token in time widens it by one until the claim is reached, each one far too late narrows it by a
 third, at most once for each window of leases. It never falls below one, so that a node
-can show that it has recovered.
+can show that it has recovered. Short prompts say nothing of how fast it reads; what their first
+tokens took at best, which is forgotten slowly, explains as much for all.
 
 Times are seconds, rates tokens a second.
 """
@@ -31,6 +32,8 @@ _PREFILL_TOKENS_S = 1_000.0  # until something is known
 _DECODE_TOKENS_S = 20.0
 _HOLD_S = 10.0
 _SAMPLE_TOKENS_MIN = 64  # fewer measure the way there, not the reading
+
+_FORGOTTEN = 1.02  # by this, with each sample, the best one is no longer known to be so good
 
 _LATE = 4.0  # times what the prompts under way explain
 _LATE_MIN_S = 2.0  # and never less than this
@@ -66,6 +69,7 @@ class Pace:
     decode_tokens_s: Smooth = field(default_factory=lambda: Smooth(_DECODE_TOKENS_S))
     hold_s: Smooth = field(default_factory=lambda: Smooth(_HOLD_S))
     window: int | None = None  # leases at once, once it was late; None: as many as it claims
+    way_s: float | None = None  # to the first token of a short prompt, at best
     _since: int = 0  # first tokens in time or late since the window was last changed
 
     def began(self, *, tokens: int, ahead: int, took_s: float) -> None:
@@ -75,6 +79,8 @@ class Pace:
         """
         if tokens >= _SAMPLE_TOKENS_MIN and took_s > 0:
             self.prefill_tokens_s.observe((tokens + ahead) / took_s)
+        elif tokens < _SAMPLE_TOKENS_MIN:
+            self.way_s = took_s if self.way_s is None else min(took_s, self.way_s * _FORGOTTEN)
 
     def judge(self, *, whole: int, took_s: float, running: int) -> None:
         """Whether that was in time, with `running` leases on the node.
@@ -83,12 +89,18 @@ class Pace:
         cached: a beginning that the node has lost is not held against it.
         """
         self._since += 1
-        late = took_s > max(_LATE_MIN_S, _LATE * self.read_s(whole))
+        way_s = self.way_s or 0.0
+        late = took_s > max(_LATE_MIN_S, _LATE * max(way_s, self.read_s(whole)))
         if not late:
             if self.window is not None and running >= self.window:
                 self.window += 1
-        elif self.prefill_tokens_s.samples and (self.window is None or self._since >= self.window):
+        elif self._known and (self.window is None or self._since >= self.window):
             self.window, self._since = max(1, int(running * _NARROW)), 0
+
+    @property
+    def _known(self) -> bool:
+        """Whether anything says how long a first token takes."""
+        return self.prefill_tokens_s.samples > 0 or self.way_s is not None
 
     def ended(self, *, tokens: int, wrote_s: float, held_s: float) -> None:
         """A lease ended that wrote `tokens` after its first one in `wrote_s` seconds."""

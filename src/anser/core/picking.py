@@ -4,7 +4,8 @@ Theory of operation
 -------------------
 *A slot becomes free* (`next`). The leaves in the window are looked at, the least key first. A light
 one, with no more waiting and running than its fair number of leases, takes the slot at once, unless
-its request gains by waiting for the node that has its beginning. Otherwise the slot goes to the one
+its request gains by waiting for the node that has its beginning, or its organisation is beyond its
+share and another's is first. Otherwise the slot goes to the one
 whose request gains most on this node. While the slot is an express one, or the node has much to
 read for members that are not light, only light ones may have it, and it stays empty rather.
 
@@ -63,6 +64,25 @@ class Picker:
         in_flight = leaf.queued + leaf.running + more
         return in_flight <= 1 or in_flight <= self.shares.share(leaf) * slots
 
+    @staticmethod
+    def _may_precede(light: Job, first: Leaf) -> bool:
+        """Whether a light request may have a slot before that of the least key.
+
+        Where their members' paths part, what stands above it must be within its share, too: many
+        light members of one organisation are together no lighter than that is.
+        """
+        own = light.account
+        if own is first:
+            return True
+        steps = zip(own.path, first.path, strict=False)
+        (account, parent), (other, _) = next(steps)
+        share = account.weight / parent.awake_weight
+        while account is other:
+            (account, parent), (other, _) = next(steps)
+            share *= account.weight / parent.awake_weight
+        in_flight = account.queued + account.running
+        return account is own or in_flight <= max(1.0, share * light.lane.supply.slots)
+
     def is_closed(self, node: NodeSlots) -> bool:
         """Whether only light members may have a slot of this node now."""
         rules = self.rules
@@ -96,7 +116,7 @@ class Picker:
                 continue  # whatever it has here is not light
             place, gain = leaf.choice(lanes, node.bit, oldest_first=impatient)
             assert isinstance(place, Job)
-            if rules.light_first and self.is_light(place):
+            if rules.light_first and self.is_light(place) and self._may_precede(place, first):
                 if not self._holds(place, node, now):
                     _pass_over(place, lanes)
                     return place, self._why(Rule.LIGHT, place, first, gain, rivals)

@@ -410,8 +410,9 @@ class Scheduler:
         return node is not None and not node.taken
 
     def _push_out(self, job: Job) -> Refused:
-        """The queue is longer than it may be since `job` came: who has most waiting loses one."""
-        place = self._shares.longest(job.account).newest()
+        """The queue is longer than it may be: a batch loses one, or else who has most waiting."""
+        batch = [lane for lane in self._slots.lanes() if lane.batch and lane.waiting]
+        place = self._shares.longest(job.account, batch).newest(batch)
         other = self._jobs[place.id]
         self._dequeue(other)
         self._forget(other)
