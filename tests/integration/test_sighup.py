@@ -167,10 +167,10 @@ async def test_the_first_token_is_given_less_time(server: Server, file: Path) ->
 
 def test_what_cannot_change_is_named(server: Server, file: Path) -> None:
     """It keeps its value, is named in the log at each reading, and holds nothing else up."""
-        text = (
-            '[server]\nhost = "::1"\ndrain_s = 7\n[engine]\nslots = 9\n'
-            "[members]\nanonymous_weight = 3\n"
-        )
+    text = (
+        '[server]\nhost = "::1"\ndrain_s = 7\n[engine]\nslots = 9\n'
+        "[members]\nanonymous_weight = 3\n"
+    )
     reread(server, file, text)
     wait_until(lambda: "settings wait for a restart" in server.log.read_text())
     said = server.log.read_text()
