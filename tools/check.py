@@ -36,6 +36,7 @@ QUICK = (
     *("unit", "property", "fuzz", "stories", "contract", "simulation"),
     *("test_tidy.py", "test_docs.py"),
 )
+LONGEST = "tests/integration"  # takes about as long as all others
 QUICK_MARKS = "not slow and not browser and not engine"
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
@@ -201,8 +202,8 @@ def check_tests(run: Run, chief: Interpreter) -> None:
     run.step("no coverage yet", [*coverage, "erase"], env=env)
     run.together(
         f"tests on {chief.version}",
-        Row(label="parts", commands=[[*pytest, *quick_trees()]], env=env),
-        Row(label="whole", commands=[[*pytest, *slow_trees()]], env=env),
+        Row(label="parts", commands=[[*pytest, *quick_trees(), *slow_trees()]], env=env),
+        Row(label="whole", commands=[[*pytest, LONGEST]], env=env),
     )
     run.step(
         "coverage: 95 overall, 100 in core",
@@ -231,9 +232,9 @@ def quick_trees() -> list[str]:
 
 
 def slow_trees() -> list[str]:
-    """All other parts of tests/."""
+    """All other parts of tests/ but the longest."""
     parts = {path.relative_to(ROOT).parts for path in (ROOT / "tests").rglob("test_*.py")}
-    return sorted({f"tests/{part[1]}" for part in parts} - set(quick_trees()))
+    return sorted({f"tests/{part[1]}" for part in parts} - {*quick_trees(), LONGEST})
 
 
 # ------------------------------------------------------------------------------ interpreters

@@ -46,7 +46,7 @@ from anser.services.gateway import Gateway
 from anser.services.hub import Hub
 from anser.services.ledger import Ledger
 from anser.services.members import OWNER, Members, Spent
-from anser.serving import BUILTIN, Doors, first_looks, is_open
+from anser.serving import BUILTIN, Doors, collect_rarely, first_looks, is_open
 from anser.wire.doors import listen, listen_unix, url_of
 from anser.wire.handover import SOURCE, inherited
 from anser.wire.signals import Signals
@@ -297,6 +297,7 @@ async def serve(
                 tasks.create_task(door.serve())
             for door in doors.all:
                 await door.opened.wait()
+            collect_rarely()
             announce(listening)
             obeying = tasks.create_task(doors.obey(signals, reread or (lambda: loaded)))
             await signals.first.wait()

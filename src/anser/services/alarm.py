@@ -54,8 +54,8 @@ class Alarm:
         self._due = inf
 
     def cancel(self) -> None:
-        """It is needed no more."""
-        self._due = inf
+        """It is needed no more, and keeps hold of nobody."""
+        self._due, self._ring = inf, _nobody
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
@@ -81,3 +81,7 @@ class Alarm:
             self._timer = self._loop.call_at(due, self._look)
         else:
             self._ring()
+
+
+def _nobody() -> None:
+    """Who is called when an alarm is needed no more."""
