@@ -28,6 +28,9 @@ __all__ = ["decode_object", "depth_exceeds"]
 _Object = dict[str, object]
 _SQUARE = bytes.maketrans(b"{}", b"[]")
 _NESTS = (dict, list)
+_NOT_OPENING = bytes(set(range(256)) - set(b"{["))
+_COLONS_MAX = 500  # more are counted otherwise
+_SPACES = (b" ", b"\n", b"\t", b"\r", b"")
 _NOT_SKELETON = bytes(set(range(256)) - set(b"{}[]:,"))
 
 
@@ -39,15 +42,22 @@ def decode_object(text: bytes) -> dict[str, object]:
 
 def _decode_plain(text: bytes) -> _Object | None:
     """The object, if it is seen at once that nothing is wrong with it."""
-    if len(text) > JSON_MARKS_MAX or text.count(b"[") + text.count(b"{") > JSON_DEPTH_MAX:
+    if len(text) > JSON_MARKS_MAX or len(text.translate(None, _NOT_OPENING)) > JSON_DEPTH_MAX:
         return None
-    if b" :" in text or b"\n:" in text or b"\t:" in text or b"\r:" in text:
-        return None  # a colon may stand apart from its key
+    before = text.split(b":", _COLONS_MAX)
+    if len(before) > _COLONS_MAX:
+        return None
+    marked = 0  # colons that follow a quotation mark
+    for part in before[:-1]:
+        last = part[-1:]
+        if last in _SPACES:
+            return None  # a colon may stand apart from its key
+        marked += last == b'"'
     try:
         value = msgspec.json.decode(text)
     except (msgspec.MsgspecError, UnicodeDecodeError):
         return None
-    if isinstance(value, dict) and text.count(b'":') == _count_keys(cast("_Object", value)):
+    if isinstance(value, dict) and marked == _count_keys(cast("_Object", value)):
         return cast("_Object", value)
     return None
 
