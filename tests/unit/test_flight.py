@@ -426,3 +426,22 @@ async def test_an_engine_that_is_asked_stops_where_it_is_paused() -> None:
         flight.leave()
         await flight.gone()
         assert made == [0, 1, -1]
+
+
+async def test_what_was_kept_and_not_read_is_not_receipted() -> None:
+    """A client that is gone before it takes a piece has not had it."""
+    node = Caller()
+    async with open_pool({"a": node}) as pool:
+
+        async def read() -> None:
+            async with pool.gateway.answer(demand()) as answer:
+                async for _ in answer:
+                    pass
+
+        reading = asyncio.ensure_future(read())
+        await asyncio.sleep(0)
+        say(node.lines[0], chunk("a"))
+        reading.cancel()
+        await asyncio.gather(reading, return_exceptions=True)
+        [receipt] = await pool.receipts()
+        assert (receipt.outcome, receipt.usage.completion_tokens) == (Outcome.CANCELLED, 0)

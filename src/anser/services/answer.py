@@ -106,6 +106,8 @@ class Answer:
 
         Returns when the engine has stopped and the slot is free.
         """
+        self.flight.unread(sum(piece.tokens for piece in self._kept))
+        self._kept.clear()
         if error is None or error is self._error:
             self.flight.leave()
         else:

@@ -38,6 +38,7 @@ class Piece:
     text: str = ""
     plain: bool = True  # there is no more to it than text: no tool call, reasoning or refusal
     listed: bool = False  # log probabilities are in it
+    tokens: int = 0  # at least so many are in it
     finish: str | None = None
     usage: Usage | None = None
 
@@ -129,6 +130,7 @@ class Tally:
         for choice in chunk.choices:
             tokens += self._count(choice, piece)
         self.tokens += tokens
+        piece.tokens = tokens
         self.finish = self.finish or piece.finish
         if chunk.usage is not None:
             self._take_usage(chunk.usage, piece, told_alone=not chunk.choices)

@@ -170,6 +170,11 @@ class Flight:
         if self._state in _ENGINES_TURN:
             self._fail(error)
 
+    def unread(self, tokens: int) -> None:
+        """Its reader has not passed on so many of the last tokens that it was told of."""
+        if not self._run.closed:
+            self._run.delivered -= tokens
+
     def hurry(self) -> bool:
         """Leave, and let the engine take no time to stop; returns whether it still has to."""
         self.leave()

@@ -143,6 +143,7 @@ def without_role(piece: Piece) -> Piece | None:
         text=piece.text,
         plain=piece.plain,
         listed=piece.listed,
+        tokens=piece.tokens,
         finish=piece.finish,
         usage=piece.usage,
     )
