@@ -10,6 +10,7 @@ import pytest
 
 from anser.adapters.engine_http import HttpEngine
 from anser.core.errors import (
+    ConnectTimeout,
     EngineBroken,
     EngineDeclined,
     EngineError,
@@ -145,7 +146,7 @@ async def test_a_connect_that_takes_too_long_is_unreachable() -> None:
         node = Node(id="n", url=hostile.url.replace("http:", "https:"))
         engine = HttpEngine(node, bounds=Bounds(connect_timeout_s=0.2))
         started = loop.time()
-        with pytest.raises(EngineUnreachable, match="no connection within 0"):
+        with pytest.raises(ConnectTimeout, match="no connection within 0"):
             await chunks_of(engine)
         assert loop.time() - started < 2
 

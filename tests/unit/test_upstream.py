@@ -8,7 +8,7 @@ from contextlib import asynccontextmanager
 
 import pytest
 
-from anser.core.errors import EngineBroken, EngineStalled, EngineUnreachable
+from anser.core.errors import ConnectTimeout, EngineBroken, EngineStalled, EngineUnreachable
 from anser.wire.upstream import Bounds, Origin, Upstream
 from tests.hostile import SSE_HEAD, Hostile, Talk, answer, chunked
 
@@ -187,7 +187,7 @@ async def test_dialling_can_be_given_up() -> None:
     async with Hostile(mute) as hostile:
         origin = Origin(scheme="https", host="127.0.0.1", port=hostile.port)
         upstream = Upstream(origin, bounds=Bounds(connect_timeout_s=0.1))
-        with pytest.raises(EngineUnreachable, match="no connection within 0"):
+        with pytest.raises(ConnectTimeout, match="no connection within 0"):
             await get(upstream)
         patient = Upstream(origin)
         with pytest.raises(TimeoutError):

@@ -19,7 +19,8 @@ AnserError
 │   ├── LimitReached           429  the member's own limit; retry_after_s tells when
 │   └── HeadTooLarge           431  the head exceeds the limit
 ├── EngineError                502  a node failed in its part
-│   ├── EngineUnreachable      502  no connection, or none in time
+│   ├── EngineUnreachable      502  no connection
+│   │   └── ConnectTimeout     504  or none in time
 │   ├── EngineBroken           502  it answered what no engine may answer
 │   ├── EngineStalled          504  it went silent beyond the limit
 │   │   ├── FirstTokenTimeout  504  before its first token
@@ -58,6 +59,7 @@ __all__ = [
     "BodyTooLarge",
     "ConfigError",
     "Conflict",
+    "ConnectTimeout",
     "ContextTooLong",
     "DataDirInUse",
     "DeadlineUnreachable",
@@ -258,9 +260,16 @@ class EngineError(AnserError):
 
 
 class EngineUnreachable(EngineError):
-    """No connection to the engine, or none in time."""
+    """No connection to the engine."""
 
     code = "engine_unreachable"
+
+
+class ConnectTimeout(EngineUnreachable):
+    """The engine took no connection in time."""
+
+    status = 504
+    code = "connect_timeout"
 
 
 class EngineBroken(EngineError):

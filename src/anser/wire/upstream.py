@@ -31,7 +31,7 @@ from functools import lru_cache
 from hashlib import sha256
 from hmac import compare_digest
 
-from anser.core.errors import EngineUnreachable
+from anser.core.errors import ConnectTimeout, EngineUnreachable
 from anser.wire.connection import Bounds, Connection, Listener, Question, State
 from anser.wire.response import Response
 
@@ -251,7 +251,7 @@ async def _translated(dial: Awaitable[Connection], origin: Origin, bounds: Bound
         return await dial
     except TimeoutError:
         message = f"{where} took no connection within {bounds.connect_timeout_s:g} s."
-        raise EngineUnreachable(message) from None
+        raise ConnectTimeout(message) from None
     except ssl.SSLCertVerificationError as error:
         raise EngineUnreachable(
             f"The certificate of {where} is not trusted: {error.verify_message}. To trust this "
