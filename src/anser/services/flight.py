@@ -488,8 +488,8 @@ class Flight:
         self._safely(self._be_late)
 
     def _be_late(self) -> None:
-        if self._state is _State.QUEUED:
-            self._wait_on()
+        if self._state is _State.QUEUED:  # it may have been told of a slot just now
+            (self._take_lease if self._run.ready.done() else self._wait_on)()
         elif self._state is _State.RELAYING:
             self.failed(self._run.too_slow(self._clock.now()))
         elif self._state is _State.SETTLING:
