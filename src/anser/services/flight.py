@@ -41,7 +41,7 @@ from anser.services.seam import without_role
 
 __all__ = ["Crew", "Flight", "Reader"]
 
-_COALESCE_S = 0.1  # SCHEDULER rule 4: output is charged per token, told at most this often
+_COALESCE_S = 0.1  # output is charged per token, told at most this often
 
 
 class _State(Enum):
