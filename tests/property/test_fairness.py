@@ -1,4 +1,4 @@
-"""The bound that SCHEDULER promises: no two members that wait are ever far apart."""
+"""The bound that the scheduler promises: no two members that wait are ever far apart."""
 
 from __future__ import annotations
 
