@@ -3,9 +3,8 @@
 Theory of operation. `record` puts a receipt's leaf into a bounded queue and waits. `run` takes
 whatever has piled up, hashes it into one Merkle tree, signs the root once and stores the batch in
 one transaction; then it wakes everybody who waited. While one batch is being written the next one
-piles up, so a busy ledger makes few large batches and an idle one answers at the disk's speed. Only
-where receipts come by the thousand a second is a batch held back for some milliseconds, because a
-commit costs nearly as much for one as for many (as PostgreSQL's `commit_delay` does).
+piles up, so a busy ledger makes few large batches and an idle one answers at the disk's speed;
+nothing is ever delayed on purpose.
 
 A commit that fails is raised to each who waits for it, and its receipts are kept: they are tried
 again until they are stored or the platform stops; then their loss is logged. Who waits goes before
@@ -57,9 +56,6 @@ Told = Callable[[AnserError | None], None]
 """Called once: with None when a receipt is durable, else with what keeps it from being so."""
 
 _RETRY_S = 1.0
-_GATHER_S = 0.004  # a batch is held back for at most so long,
-_GATHER_WISH = 32  # and only for about so many receipts,
-_GATHER_PER_S = 1_000.0  # where at least so many come
 _log = structlog.get_logger("anser.ledger")
 
 
@@ -85,8 +81,6 @@ class Ledger:
         self._writing: list[_Pending] = []
         self._signed: SignedBatch | None = None  # of what is being written
         self._signed_ms = 0
-        self._came = 0  # receipts since `_gathered_at`
-        self._gathered_at = 0.0
         self._work = asyncio.Event()
         self._ended = asyncio.Event()
         self._running = False
@@ -172,7 +166,6 @@ class Ledger:
                     await self._work.wait()
                 self._work.clear()
                 self._failing &= not pause.cancelled_caught
-                await self._gather()
                 await self._flush()
         finally:
             self._closing = True
@@ -190,14 +183,6 @@ class Ledger:
         if self._running:
             with anyio.move_on_after(limits.LEDGER_FLUSH_S):
                 await self._ended.wait()
-
-    async def _gather(self) -> None:
-        """Let a batch grow for a moment, if more receipts are likely to come in it."""
-        now = asyncio.get_running_loop().time()
-        came, self._came = self._came, 0
-        rate, self._gathered_at = came / max(now - self._gathered_at, _GATHER_S), now
-        if rate >= _GATHER_PER_S and not self._closing:
-            await asyncio.sleep(min(_GATHER_S, _GATHER_WISH / rate))
 
     async def export(self, request: str) -> dict[str, Any]:
         """The receipt file of one request, checked once more. Raises NotFound, StoreError."""
@@ -246,7 +231,6 @@ class Ledger:
             same = _Pending(receipt=receipt, leaf=leaf_of(receipt))
         self._kept.pop(request, None)
         self._pending[request] = same
-        self._came += 1
         self._work.set()
         return same
 

@@ -106,7 +106,6 @@ class Run:
     admitted_at: float = field(init=False)
     told: int = 0
     told_at: float = 0.0
-    silent_s: float = 0.0  # waited for the engine since its last token
     opened: bool = False  # its engine has been asked,
     opened_at: float = 0.0  # at that time
     began: bool = False  # its engine has answered
@@ -136,7 +135,7 @@ class Run:
 
     def again(self) -> None:
         """Nothing has come of its lease: the next one begins where that did."""
-        self.opened, self.silent_s = False, 0.0
+        self.opened = False
         self.ready = asyncio.get_running_loop().create_future()
         self.tally = self._new_tally()
 
